@@ -1,0 +1,1 @@
+"""The `media-assets` command line: the entry layer above every other package."""

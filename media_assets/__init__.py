@@ -1,0 +1,1 @@
+"""The asset graph: one module per derived artifact, the batch engine and the Dagster groups."""

@@ -1,0 +1,1 @@
+"""What assets are handed: settings, storage, outcome records, sandboxed decoding and model adapters."""

@@ -1,0 +1,1 @@
+"""Model registry (models.toml) and one thin adapter per model library."""

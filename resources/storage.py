@@ -1,0 +1,89 @@
+"""Derived files: per-media Parquet at a deterministic path on any fsspec location, written atomically."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from upath import UPath
+
+from resources.faults import fault
+
+COMPRESSION = "zstd"
+
+
+class DerivedStore:
+    """Tables of derived artifacts below one root.
+
+    A table lives at `<root>/<asset>/<media_id>.parquet`; a side table (bulk data that most readers do
+    not want, such as the 48x27 track of `frames`) at `<root>/<asset>/<media_id>.<side>.parquet`.
+    Writing goes to a temporary name and is moved, so a reader never sees half a file.
+    """
+
+    def __init__(self, root: str | Path | UPath) -> None:
+        self.root = UPath(root)
+        self._local = isinstance(self.root, os.PathLike)
+
+    def path(self, asset: str, media_id: str, side: str = "") -> UPath:
+        """Where the table of one asset and media item (or of one side table) lives."""
+        return self.root / asset / (f"{media_id}.{side}.parquet" if side else f"{media_id}.parquet")
+
+    def write(self, asset: str, media_id: str, table: pa.Table, side: str = "") -> int:
+        """Write `table` atomically; returns bytes written. Raises OSError (disk full, permissions)."""
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression=COMPRESSION)
+        return self.write_bytes(self.path(asset, media_id, side), sink.getvalue())
+
+    def write_bytes(self, path: UPath, data: bytes | memoryview | pa.Buffer) -> int:
+        """Write `data` at `path` atomically: a temporary file and a rename, or one PUT on an object store."""
+        view = memoryview(data)
+        if not self._local:
+            path.write_bytes(bytes(view))
+            return view.nbytes
+        final = Path(path)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}")
+        try:
+            temporary.write_bytes(view)
+            fault("storage.before_rename")
+            os.replace(temporary, final)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        return view.nbytes
+
+    def read(self, asset: str, media_id: str, side: str = "", columns: list[str] | None = None) -> pa.Table:
+        """The stored table. Raises FileNotFoundError when there is none."""
+        path = self.path(asset, media_id, side)
+        if self._local:
+            return pq.read_table(str(path), columns=columns, partitioning=None)
+        return pq.read_table(pa.BufferReader(path.read_bytes()), columns=columns)
+
+    def exists(self, asset: str, media_id: str, side: str = "") -> bool:
+        """Whether the table is there."""
+        return self.path(asset, media_id, side).exists()
+
+    def sides(self, asset: str, media_id: str) -> Iterator[str]:
+        """Names of the side tables stored for one asset and media item."""
+        for path in (self.root / asset).glob(f"{media_id}.*.parquet"):
+            yield path.name.removeprefix(f"{media_id}.").removesuffix(".parquet")
+
+    def copy(self, asset: str, source_id: str, target_id: str, sides: Mapping[str, object] | tuple[str, ...]) -> int:
+        """Copy a twin's tables, rewriting `media_id`; returns bytes written."""
+        written = 0
+        for side in (*sides, ""):
+            table = self.read(asset, source_id, side)
+            column = pa.array([target_id] * table.num_rows, pa.string())
+            table = table.set_column(table.schema.get_field_index("media_id"), "media_id", column)
+            written += self.write(asset, target_id, table, side)
+        return written
+
+    def delete(self, asset: str, media_id: str) -> None:
+        """Remove the table and every side table; nothing there is no error."""
+        for side in list(self.sides(asset, media_id)):
+            self.path(asset, media_id, side).unlink(missing_ok=True)
+        self.path(asset, media_id).unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Query engine over the index shards and the catalog."""

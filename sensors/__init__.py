@@ -1,0 +1,1 @@
+"""Sensors: what makes uploads become partitions and partitions become runs."""
