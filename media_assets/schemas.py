@@ -42,6 +42,17 @@ MEDIA = pa.schema(
     ]
 )
 
+MEDIA_TEXT = pa.schema(
+    [
+        _ID,
+        _field("segment", pa.int32(), "index of the paragraph or cue, in order", False),
+        _field("start_s", pa.float64(), "start of a subtitle cue, seconds; null for plain text"),
+        _field("end_s", pa.float64(), "end of a subtitle cue, seconds; null for plain text"),
+        _field("text", pa.string(), "the paragraph or cue, Unicode NFC", False),
+        _VERSION,
+    ]
+)
+
 FRAMES = pa.schema(
     [
         _ID,
@@ -222,7 +233,7 @@ PER_MEDIA: dict[str, pa.Schema] = {
 }
 """Schema of each per-media asset, by asset name."""
 
-SIDES: dict[str, dict[str, pa.Schema]] = {"frames": {"track": FRAMES_TRACK}}
+SIDES: dict[str, dict[str, pa.Schema]] = {"media": {"text": MEDIA_TEXT}, "frames": {"track": FRAMES_TRACK}}
 """Schema of each side table, by asset and side name."""
 
 
