@@ -127,13 +127,20 @@ class Failure:
     def of(cls, error: BaseException) -> Failure:
         """Classify any exception; unknown ones become `internal`, memory exhaustion `out_of_memory`."""
         if isinstance(error, MediaError):
-            return cls(error.code, printable(str(error)), error.retryable)
+            return cls(error.code, _text(error), error.retryable)
         if is_out_of_memory(error):
             return cls(OutOfMemory.code, printable(f"Out of memory. {OutOfMemory.remedy}"), OutOfMemory.retryable)
         if isinstance(error, OSError):
-            text = f"{type(error).__name__}: {error}. {StorageFailed.remedy}"
-            return cls(StorageFailed.code, printable(text), StorageFailed.retryable)
-        return cls(Internal.code, printable(f"{type(error).__name__}: {error}"), Internal.retryable)
+            text = f"{type(error).__name__}: {_text(error)}. {StorageFailed.remedy}"
+            return cls(StorageFailed.code, text, StorageFailed.retryable)
+        return cls(Internal.code, f"{type(error).__name__}: {_text(error)}", Internal.retryable)
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return printable(str(error))
+    except Exception:  # noqa: BLE001 - an exception that cannot even be printed
+        return "(its message cannot be shown)"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

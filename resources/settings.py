@@ -43,6 +43,7 @@ class Engine(_Section):
 
     batch_items: int = Field(200, ge=1, description="media items per batch")
     window: int = Field(24, ge=1, description="items in flight at once")
+    max_units: int = Field(512, ge=1, description="model inputs held in memory at once, across items")
     prepare_threads: int = Field(2, ge=1, description="background threads for prepare and assemble")
     max_attempts: int = Field(3, ge=1, description="attempts before an item is quarantined")
     retry_base_s: float = Field(30.0, ge=0, description="first retry delay, seconds; doubles per attempt, with jitter")

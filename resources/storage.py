@@ -77,8 +77,9 @@ class DerivedStore:
         written = 0
         for side in (*sides, ""):
             table = self.read(asset, source_id, side)
+            index = table.schema.get_field_index("media_id")
             column = pa.array([target_id] * table.num_rows, pa.string())
-            table = table.set_column(table.schema.get_field_index("media_id"), "media_id", column)
+            table = table.set_column(index, table.schema.field(index), column)
             written += self.write(asset, target_id, table, side)
         return written
 

@@ -1,0 +1,37 @@
+"""The Dagster instance of a library: its home folder, its environment, and an open instance."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from resources.library import Library
+from resources.settings import HOME_VARIABLE
+
+if TYPE_CHECKING:
+    from dagster import DagsterInstance
+
+PROJECT = Path(__file__).parents[1]
+_POOL_RECYCLE_S = 3600
+
+
+def prepare_environment(library: Library) -> Path:
+    """Write <home>/dagster/dagster.yaml and set the variables child processes read; returns that folder."""
+    folder = library.settings.home / "dagster"
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(PROJECT / "dagster.yaml", folder / "dagster.yaml")
+    os.environ["DAGSTER_HOME"] = str(folder)
+    os.environ["MEDIA_DATABASE_URL"] = library.database.url
+    os.environ[HOME_VARIABLE] = str(library.settings.home)
+    return folder
+
+
+def open_instance(library: Library) -> DagsterInstance:
+    """The Dagster instance, with pooled connections: an event costs no new connection."""
+    from dagster import DagsterInstance
+
+    instance = DagsterInstance.from_config(str(prepare_environment(library)))
+    instance.optimize_for_webserver(statement_timeout=0, pool_recycle=_POOL_RECYCLE_S, max_overflow=4)
+    return instance

@@ -1,0 +1,623 @@
+"""The batch engine: streams media items through stages, with every item ending in exactly one outcome.
+
+One coordinator (the caller's thread) owns all state and all record writes. Background threads run
+`prepare` and `assemble`; one inference thread runs `infer` on micro-batches that span items. They answer
+with events, so no lock guards the state machine. Per item and stage:
+
+    inputs settled ─▶ reused | held | busy | blocked            (nothing runs)
+                   ─▶ claimed ─▶ copied from a twin with the same version
+                              ─▶ prepare ─▶ infer* ─▶ assemble and write ─▶ outcome committed ─▶ yielded
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from queue import SimpleQueue
+from typing import Any, Protocol
+
+from media_assets.stage import Inputs, MediaItem, Memo, Prepared, Product, Stage, Unit
+from media_assets.versions import item_version
+from resources.errors import Failure, Internal, NotApplicable, UpstreamFailed, is_out_of_memory
+from resources.faults import fault
+from resources.outcomes import Claim, Cost, LostClaim, Outcome, OutcomeStore, Status
+from resources.settings import Settings
+from resources.storage import DerivedStore
+
+LANE_DEPTH = 2  # micro-batches handed to the inference thread: one running, one waiting
+
+
+class How(StrEnum):
+    """How an item's asset came to its state in this batch."""
+
+    COMPUTED = "computed"
+    COPIED = "copied"
+    REUSED = "reused"
+    HELD = "held"
+    BLOCKED = "blocked"
+    BUSY = "busy"
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One asset of one item, settled: its record, how it got there, and what is worth showing."""
+
+    media_id: str
+    asset: str
+    how: How
+    outcome: Outcome
+    facts: Mapping[str, int | float | str] = field(default_factory=dict)
+    previews: Mapping[str, bytes] = field(default_factory=dict)
+
+    @property
+    def done(self) -> bool:
+        """Whether the asset is there to read."""
+        return self.outcome.status.done
+
+
+@dataclass(slots=True)
+class Progress:
+    """Counts of a running batch; the engine keeps them, a reporter draws them."""
+
+    items: int
+    items_done: int = 0
+    settled: Counter[tuple[str, str]] = field(default_factory=Counter)
+    units: Counter[str] = field(default_factory=Counter)
+    seconds: Counter[str] = field(default_factory=Counter)
+    running: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """What a background call answers with: the call's key, its value or its error, and how long it took."""
+
+    key: Any
+    value: Any
+    error: BaseException | None
+    seconds: float
+
+
+class Executor(Protocol):
+    """Where background calls run. Calls of the `inference` lane never overlap."""
+
+    def submit(self, lane: str, key: Any, call: Callable[[], Any]) -> None:
+        """Run `call` in a lane (`work` or `inference`)."""
+
+    def next(self) -> Event:
+        """The next finished call; blocks."""
+
+    def close(self) -> None:
+        """Stop; calls not started are dropped."""
+
+
+def _timed(key: Any, call: Callable[[], Any]) -> Event:
+    start = time.perf_counter()
+    try:
+        value = call()
+    except BaseException as error:  # noqa: BLE001 - recorded on the item; nothing may escape a lane
+        return Event(key, None, error, time.perf_counter() - start)
+    return Event(key, value, None, time.perf_counter() - start)
+
+
+class Serial:
+    """Runs every call in the caller's thread, in order: the protocol without concurrency."""
+
+    def __init__(self) -> None:
+        self._calls: deque[tuple[Any, Callable[[], Any]]] = deque()
+
+    def submit(self, lane: str, key: Any, call: Callable[[], Any]) -> None:
+        """Queue the call."""
+        self._calls.append((key, call))
+
+    def next(self) -> Event:
+        """Run the oldest queued call; an interrupt from the keyboard stops the batch."""
+        event = _timed(*self._calls.popleft())
+        if isinstance(event.error, KeyboardInterrupt):
+            raise event.error
+        return event
+
+    def close(self) -> None:
+        """Drop what is queued."""
+        self._calls.clear()
+
+
+class Threads:
+    """`work` calls in a pool, `inference` calls in one thread."""
+
+    def __init__(self, workers: int) -> None:
+        self._pools = {
+            "work": ThreadPoolExecutor(workers, "work"),
+            "inference": ThreadPoolExecutor(1, "inference"),
+        }
+        self._events: SimpleQueue[Event] = SimpleQueue()
+
+    def submit(self, lane: str, key: Any, call: Callable[[], Any]) -> None:
+        """Run the call in its lane's pool."""
+        future: Future[Event] = self._pools[lane].submit(_timed, key, call)
+        future.add_done_callback(self._finished)
+
+    def _finished(self, future: Future[Event]) -> None:
+        if not future.cancelled():
+            self._events.put(future.result())
+
+    def next(self) -> Event:
+        """Wait for a call to finish."""
+        return self._events.get()
+
+    def close(self) -> None:
+        """Wait for running calls; drop the others."""
+        for pool in self._pools.values():
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Task:
+    """One stage of one item within a batch."""
+
+    __slots__ = ("answers", "carry", "claim", "failure", "flight", "inputs", "seconds", "stage", "units", "version")
+
+    def __init__(self, flight: Flight, stage: Stage[Any, Any]) -> None:
+        self.flight = flight
+        self.stage = stage
+        self.version = ""
+        self.claim: Claim | None = None
+        self.inputs: Inputs | None = None
+        self.units = 0
+        self.answers: dict[str, Any] = {}
+        self.failure: Failure | None = None
+        self.carry: Any = None
+        self.seconds = 0.0
+
+    @property
+    def media_id(self) -> str:
+        """ID of the item."""
+        return self.flight.item.media_id
+
+
+class Flight:
+    """One item in flight: the records it has so far, and the stages still to settle."""
+
+    __slots__ = ("item", "memo", "open", "records")
+
+    def __init__(self, item: MediaItem, stages: Sequence[Stage[Any, Any]], records: dict[str, Outcome]) -> None:
+        self.item = item
+        self.records = records
+        self.open = {stage.name: stage for stage in stages}
+        self.memo = Memo()
+
+
+class BatchEngine:
+    """Runs a group's stages over a batch of media items."""
+
+    def __init__(
+        self,
+        stages: Sequence[Stage[Any, Any]],
+        store: DerivedStore,
+        outcomes: OutcomeStore,
+        settings: Settings,
+        executor: Callable[[], Executor] | None = None,
+        device: str = "cpu",
+    ) -> None:
+        self._stages = tuple(stages)
+        self._store = store
+        self._outcomes = outcomes
+        self._settings = settings.engine
+        self._executor = executor or (lambda: Threads(self._settings.prepare_threads))
+        self._device = device
+
+    def run(
+        self,
+        items: Sequence[MediaItem],
+        run_id: str,
+        report: Callable[[Progress], None] | None = None,
+    ) -> Iterator[Result]:
+        """Settle every stage of every item; yields each result once its record is committed.
+
+        Closing the iterator early finishes running calls and gives unfinished items back. An error of
+        the record database or a defect of the engine itself propagates; an item's error never does.
+        """
+        with self._outcomes.lease(run_id) as lease:
+            batch = _Batch(self, items, run_id, lease.liveness, report or (lambda progress: None))
+            try:
+                yield from batch.results()
+            finally:
+                batch.close()
+
+
+class _Batch:
+    """State of one `BatchEngine.run`; touched by the coordinator's thread alone."""
+
+    def __init__(
+        self,
+        engine: BatchEngine,
+        items: Sequence[MediaItem],
+        run_id: str,
+        alive: Any,
+        report: Callable[[Progress], None],
+    ) -> None:
+        self.stages = engine._stages
+        self.store = engine._store
+        self.outcomes = engine._outcomes
+        self.settings = engine._settings
+        self.device = engine._device
+        self.executor = engine._executor()
+        self.run_id = run_id
+        self.alive = alive
+        self.report = report
+        self.selected = frozenset(stage.name for stage in self.stages)
+        self.order = {stage.name: index for index, stage in enumerate(self.stages)}
+        self.waiting = deque(items)
+        self.records = self._load(items)
+        self.flights: dict[str, Flight] = {}
+        self.ready: deque[Task] = deque()
+        self.queued: dict[str, deque[tuple[Task, Unit[Any]]]] = {stage.name: deque() for stage in self.stages}
+        self.caps = {stage.name: stage.micro_batch for stage in self.stages}
+        self.loaded: dict[str, Failure | None] = {}
+        self.leaders: dict[tuple[str, str], tuple[Task, list[Task]]] = {}
+        self.claimed: dict[tuple[str, str], Claim] = {}
+        self.previews = Counter[str]()
+        self.working = self.inferring = self.unanswered = 0
+        self.settled: deque[Result] = deque()
+        self.progress = Progress(items=len(items))
+
+    def _load(self, items: Sequence[MediaItem]) -> dict[tuple[str, str], Outcome]:
+        needed = {name for stage in self.stages for name in (stage.name, *stage.inputs)}
+        return self.outcomes.load([item.media_id for item in items], sorted(needed))
+
+    def results(self) -> Iterator[Result]:
+        """Drive the batch to its end."""
+        while True:
+            self._advance()
+            while self.settled:
+                result = self.settled.popleft()
+                self.report(self.progress)
+                yield result
+            if not (self.flights or self.waiting):
+                return
+            if self.working + self.inferring == 0:
+                if self.settled or self.ready or self._can_admit():
+                    continue
+                raise RuntimeError("the batch engine has items in flight but nothing to do")
+            self._handle(self.executor.next())
+            self.report(self.progress)
+
+    def close(self) -> None:
+        """Stop background work and give claims back."""
+        self.executor.close()
+        for claim in self.claimed.values():
+            self.outcomes.release(claim)
+
+    # -- scheduling -----------------------------------------------------------------------------------
+
+    def _can_admit(self) -> bool:
+        return bool(self.waiting) and len(self.flights) < self.settings.window
+
+    def _advance(self) -> None:
+        while self._can_admit() and self._has_room():
+            self._admit(self.waiting.popleft())
+        while self.ready and self.working <= self.settings.prepare_threads and self._has_room():
+            self._prepare(self.ready.popleft())
+        while self.inferring < LANE_DEPTH and (name := self._fullest()) is not None:
+            self._infer(name)
+
+    def _has_room(self) -> bool:
+        return self.unanswered < self.settings.max_units
+
+    def _fullest(self) -> str | None:
+        """The most downstream stage with a full micro-batch; a partial one only when nothing can fill it."""
+        names = [stage.name for stage in reversed(self.stages) if self.queued[stage.name]]
+        for name in names:
+            if len(self.queued[name]) >= self.caps[name]:
+                return name
+        if names and self.working == 0 and self.inferring == 0:
+            return max(names, key=lambda name: len(self.queued[name]))
+        return None
+
+    def _admit(self, item: MediaItem) -> None:
+        needed = {name for stage in self.stages for name in stage.inputs} - self.selected
+        records = {n: r for n in needed if (r := self.records.get((item.media_id, n))) is not None}
+        flight = Flight(item, self.stages, records)
+        self.flights[item.media_id] = flight
+        self._start_ready(flight)
+
+    def _start_ready(self, flight: Flight) -> None:
+        """Start every stage of the item whose inputs are settled."""
+        for stage in list(flight.open.values()):
+            settled = all(name in flight.records for name in stage.inputs if name in self.selected)
+            if settled and stage.name in flight.open:
+                del flight.open[stage.name]
+                self._start(Task(flight, stage))
+
+    def _start(self, task: Task) -> None:
+        flight, stage = task.flight, task.stage
+        inputs = [flight.records.get(name) for name in stage.inputs]
+        contents = [record.content if record and record.status.done else "" for record in inputs]
+        task.version = item_version(stage, flight.item, contents)
+        for name, record in zip(stage.inputs, inputs, strict=True):
+            if record is None or not record.status.done:
+                self._block(task, name, record)
+                return
+        current = self.records.get((task.media_id, stage.name))
+        if current and current.version == task.version and current.status.done:
+            self._settle(task, How.REUSED, current)
+            return
+        # Items with the same bytes have the same version: one leads, the others copy what it makes.
+        key = (stage.name, task.version)
+        if key in self.leaders:
+            self.leaders[key][1].append(task)
+            return
+        self.leaders[key] = (task, [])
+        self._claim(task)
+
+    def _claim(self, task: Task) -> None:
+        try:
+            claim = self.outcomes.claim(task.media_id, task.stage.name, task.version, self.run_id, self.alive)
+        except LostClaim:
+            self._busy(task)
+            return
+        if isinstance(claim, Outcome):
+            how = How.REUSED if claim.status.done else How.BUSY if claim.status is Status.RUNNING else How.HELD
+            self._settle(task, how, claim)
+            return
+        task.claim = claim
+        self.claimed[task.media_id, task.stage.name] = claim
+        wants = self.previews[task.stage.name] < self.settings.previews_per_run
+        self.previews[task.stage.name] += wants
+        task.inputs = Inputs(task.flight.item, self.store, task.version, self.selected, wants, task.flight.memo)
+        twin = self.outcomes.twins(task.stage.name, [task.version]).get(task.version) if task.stage.inputs else None
+        if twin is not None:
+            self._copy(task, twin)
+        else:
+            self.ready.append(task)
+
+    def _busy(self, task: Task) -> None:
+        record = self.outcomes.load([task.media_id], [task.stage.name])[task.media_id, task.stage.name]
+        self._settle(task, How.BUSY, record)
+
+    def _block(self, task: Task, name: str, record: Outcome | None) -> None:
+        if record is None:
+            cause, retryable = f"{name} has not been made for this item. Materialize {name} first.", True
+        elif record.status is Status.RUNNING:
+            cause, retryable = f"{name} is in flight in run {record.run_id}.", True
+        else:
+            root = record.error or ""
+            cause = root if record.error_class == UpstreamFailed.code else f"{name} failed ({record.error_class}): {root}"
+            retryable = record.status is Status.RETRYABLE
+        try:
+            blocked = self.outcomes.block(
+                task.media_id, task.stage.name, task.version, cause, retryable, self.run_id
+            )
+        except LostClaim:
+            self._busy(task)
+            return
+        self._settle(task, How.BLOCKED, blocked)
+
+    # -- background calls -------------------------------------------------------------------------------
+
+    def _copy(self, task: Task, twin: str) -> None:
+        self.working += 1
+        self.executor.submit("work", (self._copied, task, twin), lambda: self._copy_tables(task, twin))
+
+    def _copy_tables(self, task: Task, twin: str) -> int:
+        return self.store.copy(task.stage.name, twin, task.media_id, task.stage.sides)
+
+    def _prepare(self, task: Task) -> None:
+        assert task.inputs is not None
+        self.working += 1
+        inputs = task.inputs
+        self.executor.submit("work", (self._prepared, task), lambda: task.stage.prepare(inputs))
+
+    def _assemble(self, task: Task) -> None:
+        self.working += 1
+        self.executor.submit("work", (self._assembled, task), lambda: self._make(task))
+
+    def _make(self, task: Task) -> tuple[Product, int]:
+        assert task.inputs is not None
+        product = task.stage.assemble(task.inputs, task.carry, task.answers)
+        return product, self._write(task, product)
+
+    def _write(self, task: Task, product: Product) -> int:
+        written = 0
+        for side in task.stage.sides:
+            written += self.store.write(task.stage.name, task.media_id, product.sides[side], side)
+        fault("engine.between_files")
+        if not product.table.schema.equals(task.stage.schema):
+            raise Internal(f"{task.stage.name} made a table that is not of its schema.")
+        return written + self.store.write(task.stage.name, task.media_id, product.table)
+
+    def _infer(self, name: str) -> None:
+        queue = self.queued[name]
+        batch = [queue.popleft() for _ in range(min(len(queue), self.caps[name]))]
+        stage = batch[0][0].stage
+        # IDs are unique within an item only; the micro-batch spans items.
+        units = {f"{task.media_id}/{unit.id}": (task, unit) for task, unit in batch}
+        payload = [replace(unit, id=key) for key, (_, unit) in units.items()]
+        self.inferring += 1
+        self.progress.running = name
+        self.executor.submit("inference", (self._inferred, stage, units), lambda: self._answer(stage, payload))
+
+    def _answer(self, stage: Stage[Any, Any], units: list[Unit[Any]]) -> Mapping[str, Any]:
+        """In the inference thread: an answer for every unit, whatever the model does."""
+        if stage.name not in self.loaded:
+            self.loaded[stage.name] = _failure_of(stage.load)
+        broken = self.loaded[stage.name]
+        if broken is not None:
+            return {unit.id: broken for unit in units}
+        try:
+            answers = dict(stage.infer(units))
+        except BaseException as error:  # noqa: BLE001 - isolated to the unit that causes it
+            if len(units) == 1:
+                return {units[0].id: Failure.of(error)}
+            half = (len(units) + 1) // 2
+            if is_out_of_memory(error):
+                self.caps[stage.name] = max(1, min(self.caps[stage.name], half))
+                _release_device_memory()
+            return {**self._answer(stage, units[:half]), **self._answer(stage, units[half:])}
+        for unit in units:
+            if unit.id not in answers:
+                answers[unit.id] = Failure.of(Internal(f"{stage.name} gave no answer for {unit.id}."))
+        return answers
+
+    # -- events ---------------------------------------------------------------------------------------
+
+    def _handle(self, event: Event) -> None:
+        handler, *rest = event.key
+        handler(event, *rest)
+
+    def _prepared(self, event: Event, task: Task) -> None:
+        self.working -= 1
+        task.seconds += event.seconds
+        if isinstance(event.error, NotApplicable):
+            self._not_applicable(task, str(event.error))
+        elif event.error is not None:
+            self._fail(task, Failure.of(event.error))
+        else:
+            prepared: Prepared[Any] = event.value
+            task.carry = prepared.carry
+            task.units = len(prepared.units)
+            self.unanswered += task.units
+            if len({unit.id for unit in prepared.units}) < task.units:
+                self.unanswered -= task.units
+                self._fail(task, Failure.of(Internal(f"{task.stage.name} prepared units that share an ID.")))
+                return
+            self.queued[task.stage.name].extend((task, unit) for unit in prepared.units)
+            if not task.units:
+                self._assemble(task)
+
+    def _inferred(
+        self, event: Event, stage: Stage[Any, Any], units: Mapping[str, tuple[Task, Unit[Any]]]
+    ) -> None:
+        self.inferring -= 1
+        self.unanswered -= len(units)
+        self.progress.units[stage.name] += len(units)
+        share = event.seconds / sum(unit.cost for _, unit in units.values())
+        for key, (task, unit) in units.items():
+            answer = Failure.of(event.error) if event.error else event.value[key]
+            task.seconds += share * unit.cost
+            task.answers[unit.id] = answer
+            if isinstance(answer, Failure) and task.failure is None:
+                task.failure = answer
+            if len(task.answers) == task.units:
+                if task.failure is None:
+                    self._assemble(task)
+                else:
+                    self._fail(task, task.failure)
+
+    def _assembled(self, event: Event, task: Task) -> None:
+        self.working -= 1
+        task.seconds += event.seconds
+        if event.error is not None:
+            self._fail(task, Failure.of(event.error))
+            return
+        product, written = event.value
+        cost = self._cost(task, rows=product.table.num_rows, bytes_out=written)
+        self._commit(task, How.COMPUTED, Status.OK, product.content or task.version, cost, product)
+
+    def _copied(self, event: Event, task: Task, twin: str) -> None:
+        self.working -= 1
+        task.seconds += event.seconds
+        if event.error is not None:  # the twin's file may be gone; its own work remains possible
+            self.ready.append(task)
+            return
+        cost = replace(self._cost(task, bytes_out=event.value), copied_from=twin)
+        self._commit(task, How.COPIED, Status.OK, task.version, cost, None)
+
+    def _not_applicable(self, task: Task, reason: str) -> None:
+        empty = Product(
+            task.stage.schema.empty_table(),
+            {side: schema.empty_table() for side, schema in task.stage.side_schemas.items()},
+        )
+        try:
+            written = self._write(task, empty)
+        except OSError as error:
+            self._fail(task, Failure.of(error))
+            return
+        cost = self._cost(task, bytes_out=written)
+        self._commit(task, How.COMPUTED, Status.NOT_APPLICABLE, task.version, cost, empty, reason)
+
+    # -- outcomes -------------------------------------------------------------------------------------
+
+    def _cost(self, task: Task, rows: int = 0, bytes_out: int = 0) -> Cost:
+        models = ", ".join(spec.identity for spec in task.stage.specs()) or None
+        return Cost(task.seconds, task.units, rows, bytes_out, self.device if models else "cpu", models)
+
+    def _commit(
+        self,
+        task: Task,
+        how: How,
+        status: Status,
+        content: str,
+        cost: Cost,
+        product: Product | None,
+        note: str | None = None,
+    ) -> None:
+        assert task.claim is not None
+        fault("engine.before_commit")
+        try:
+            outcome = self.outcomes.succeed(task.claim, status, content, cost, note)
+        except LostClaim:
+            self._busy(task)
+            return
+        fault("engine.after_commit")
+        self._settle(task, how, outcome, product)
+
+    def _fail(self, task: Task, failure: Failure) -> None:
+        assert task.claim is not None
+        try:
+            outcome = self.outcomes.fail(task.claim, failure, self._cost(task))
+        except LostClaim:
+            self._busy(task)
+            return
+        self._settle(task, How.COMPUTED, outcome)
+
+    def _settle(self, task: Task, how: How, outcome: Outcome, product: Product | None = None) -> None:
+        flight, name = task.flight, task.stage.name
+        self.claimed.pop((task.media_id, name), None)
+        task.answers.clear()
+        flight.records[name] = outcome
+        self.progress.settled[name, outcome.status] += 1
+        if how is How.COMPUTED:
+            self.progress.seconds[name] += task.seconds
+        facts = product.facts if product else {}
+        previews = product.previews if product else {}
+        self.settled.append(Result(task.media_id, name, how, outcome, facts, previews))
+        for follower in self._followers(task):
+            self._start(follower)
+        self._start_ready(flight)
+        if not flight.open and all(stage.name in flight.records for stage in self.stages):
+            self._land(flight)
+
+    def _followers(self, task: Task) -> list[Task]:
+        key = (task.stage.name, task.version)
+        leader, followers = self.leaders.get(key, (None, []))
+        if leader is not task:
+            return []
+        del self.leaders[key]
+        return followers
+
+    def _land(self, flight: Flight) -> None:
+        if self.flights.pop(flight.item.media_id, None) is not None:
+            flight.memo.clear()
+            self.progress.items_done += 1
+
+
+def _failure_of(call: Callable[[], None]) -> Failure | None:
+    try:
+        call()
+    except BaseException as error:  # noqa: BLE001 - every unit of the stage carries it
+        return Failure.of(error)
+    return None
+
+
+def _release_device_memory() -> None:
+    """Return cached blocks to the device after an out-of-memory error, where torch is in use."""
+    import sys
+
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        with suppress(RuntimeError):
+            torch.cuda.empty_cache()

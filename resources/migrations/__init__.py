@@ -1,0 +1,1 @@
+"""Versioned schema of the registry and the outcome records."""

@@ -1,0 +1,291 @@
+"""Speech recognition: Whisper on CTranslate2, in batches that may mix languages and media items."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field
+
+from resources.errors import ModelFailed, ModelUnavailable
+from resources.models.registry import ModelSpec
+from resources.models.weights import locate
+
+SAMPLE_RATE = 16_000
+WINDOW_S = 30
+FRAMES_PER_S = 100
+FULL_SCALE = 32_768
+PREPENDED = "\"'“¿([{-"
+APPENDED = "\"'.。,，!！?？:：”)]}、"
+ISO_639_1 = {"jw": "jv"}  # the one code of Whisper that is not the language's current one
+
+
+class WhisperParameters(BaseModel):
+    """Parameters of an `asr` entry of models.toml."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is a GPU")
+    languages: tuple[str, ...] = Field((), description="candidate languages, ISO 639-1; empty: all the model knows")
+    beam_size: int = Field(5, ge=1, description="beams; 1 is greedy search")
+    length_penalty: float = Field(1.0, gt=0, description="exponent of the length in the beam score")
+    max_no_speech: float = Field(0.6, ge=0, le=1, description="no-speech probability above which doubt rejects")
+    doubtful_logprob: float = Field(-1.0, le=0, description="mean token log-probability below which text is in doubt")
+    min_logprob: float = Field(-1.5, le=0, description="mean token log-probability below which text is rejected")
+    max_compression: float = Field(2.4, gt=1, description="zlib compression ratio above which text is repetitive")
+    retry_ngram: int = Field(3, ge=1, description="n-grams that may not repeat when doubtful text is decoded again")
+    chunk_s: float = Field(30.0, gt=1, le=WINDOW_S, description="longest stretch given to the model, seconds")
+    max_pause_s: float = Field(4.0, ge=0, description="pauses up to this are kept inside a stretch, seconds")
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Speech to recognise: `samples` int16 [n], 16 kHz mono, n at most 30 s; `probe` tells its language.
+
+    All stretches of one media item share one probe (the same samples), so that they share one language.
+    """
+
+    samples: npt.NDArray[np.int16]
+    probe: npt.NDArray[np.int16]
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """A word with its leading space as the model wrote it; seconds from the start of the stretch; confidence 0-1."""
+
+    text: str
+    start_s: float
+    end_s: float
+    confidence: float
+
+
+@dataclass(frozen=True, slots=True)
+class Recognised:
+    """What was said in one stretch.
+
+    `words` is empty and `rejected` says why (no_speech, improbable, repetitive) where the text was not believed.
+    `timing` is whisper (cross-attention) or aligned (forced alignment).
+    """
+
+    language: str
+    words: tuple[Word, ...] = ()
+    rejected: str = ""
+    timing: str = "whisper"
+
+    @property
+    def text(self) -> str:
+        """The text of all words."""
+        return "".join(word.text for word in self.words).strip()
+
+
+@dataclass(frozen=True, slots=True)
+class _Hypothesis:
+    tokens: list[int]
+    logprob: float
+    no_speech: float
+    compression: float
+
+
+class WhisperRecogniser:
+    """Whisper (https://arxiv.org/abs/2212.04356) through faster-whisper, the engine under WhisperX.
+
+    Answers depend on the stretch and its probe alone, never on what else is in the batch or came before.
+    """
+
+    def __init__(self, spec: ModelSpec, cache: Path) -> None:
+        """Loads verified weights on cuda where present, else on the CPU in int8. Raises ModelUnavailable."""
+        self.parameters = WhisperParameters(**spec.parameters)
+        weights = locate(spec, cache)
+        if "model.bin" not in weights:
+            raise ModelUnavailable(f"Model {spec.name} has no model.bin.", "Name a CTranslate2 Whisper checkpoint.")
+        try:
+            import ctranslate2
+            from faster_whisper import WhisperModel
+        except ImportError as error:
+            raise ModelUnavailable("Speech recognition needs faster-whisper.", "pip install whisperx") from error
+        cuda = self.parameters.device != "cpu" and ctranslate2.get_cuda_device_count() > 0
+        if self.parameters.device == "cuda" and not cuda:
+            raise ModelUnavailable(f"Model {spec.name} wants a GPU, there is none.", 'Set its device to "auto".')
+        self.device = "cuda" if cuda else "cpu"
+        try:
+            self._model = WhisperModel(
+                str(weights["model.bin"].parent),
+                device=self.device,
+                compute_type=_compute_type(spec.precision, cuda),
+                cpu_threads=len(os.sched_getaffinity(0)),
+                local_files_only=True,
+            )
+        except (RuntimeError, ValueError, OSError) as error:
+            raise ModelUnavailable(f"Model {spec.name} does not load: {error}.", "Check the weights.") from error
+        self._tokenizer = lru_cache(maxsize=None)(self._make_tokenizer)
+
+    def transcribe(self, stretches: Mapping[str, Stretch]) -> dict[str, Recognised]:
+        """Words of each stretch by its key, all stretches in one batch.
+
+        Raises ModelFailed when a stretch is empty or longer than 30 s.
+        """
+        if not stretches:
+            return {}
+        keys = list(stretches)
+        for key in keys:
+            if not 0 < len(stretches[key].samples) <= WINDOW_S * SAMPLE_RATE:
+                raise ModelFailed(f"A stretch of speech has {len(stretches[key].samples)} samples.", "Report this.")
+        encoded = self._encode([stretches[key].samples for key in keys])
+        languages = self._languages([stretches[key] for key in keys], encoded)
+        hypotheses = self._decode(encoded, languages)
+        reasons = [self._doubt(h, final=True) for h in hypotheses]
+        frames = [-(-len(stretches[key].samples) * FRAMES_PER_S // SAMPLE_RATE) for key in keys]
+        believed = [row for row, reason in enumerate(reasons) if not reason]
+        words = self._align(encoded, languages, hypotheses, frames, believed)
+        return {
+            key: Recognised(ISO_639_1.get(languages[row], languages[row]), words.get(row, ()), reasons[row])
+            for row, key in enumerate(keys)
+        }
+
+    def _encode(self, rows: Sequence[npt.NDArray[np.int16]]) -> npt.NDArray[Any]:
+        """Encoder output [rows, 1500, width] of log-mel spectrograms padded to 30 s."""
+        import ctranslate2
+        from faster_whisper.audio import pad_or_trim
+
+        extract = self._model.feature_extractor
+        features = [pad_or_trim(extract(row.astype(np.float32) / FULL_SCALE)[..., :-1]) for row in rows]
+        batch = ctranslate2.StorageView.from_array(np.ascontiguousarray(np.stack(features)))
+        # On the host, so that rows can be regrouped by language; a few megabytes per row.
+        return np.array(self._model.model.encode(batch, to_cpu=True))
+
+    def _languages(self, stretches: Sequence[Stretch], encoded: npt.NDArray[Any]) -> list[str]:
+        """Language of each row from its probe; each distinct probe is looked at once, encoded anew only if needed."""
+        if not self._model.model.is_multilingual:
+            return ["en"] * len(stretches)
+        rows = {_fingerprint(stretch.samples): row for row, stretch in enumerate(stretches)}
+        probes = {_fingerprint(stretch.probe): stretch.probe for stretch in stretches}
+        extra = {key: probe for key, probe in probes.items() if key not in rows}
+        inputs = encoded[[rows[key] for key in probes if key in rows]]
+        if extra:
+            inputs = np.concatenate([inputs, self._encode(list(extra.values()))])
+        found = self._model.model.detect_language(_storage(inputs))
+        order = [key for key in probes if key in rows] + list(extra)
+        by_probe = {key: self._best_language(pairs) for key, pairs in zip(order, found, strict=True)}
+        return [by_probe[_fingerprint(stretch.probe)] for stretch in stretches]
+
+    def _best_language(self, pairs: Sequence[tuple[str, float]]) -> str:
+        codes = [token[2:-2] for token, _ in pairs]
+        wanted = self.parameters.languages
+        return next((code for code in codes if not wanted or ISO_639_1.get(code, code) in wanted), codes[0])
+
+    def _decode(self, encoded: npt.NDArray[Any], languages: Sequence[str]) -> list[_Hypothesis]:
+        """Best hypothesis per row; rows in doubt are decoded again without repeats, and the likelier sound one kept."""
+        hypotheses = self._generate(encoded, languages, ngram=0)
+        doubtful = [row for row, h in enumerate(hypotheses) if self._doubt(h, final=False)]
+        if doubtful:
+            again = self._generate(encoded[doubtful], [languages[row] for row in doubtful], self.parameters.retry_ngram)
+            for row, second in zip(doubtful, again, strict=True):
+                hypotheses[row] = self._better(hypotheses[row], second)
+        return hypotheses
+
+    def _better(self, first: _Hypothesis, second: _Hypothesis) -> _Hypothesis:
+        repetitive = first.compression > self.parameters.max_compression
+        return second if repetitive or second.logprob > first.logprob else first
+
+    def _generate(self, encoded: npt.NDArray[Any], languages: Sequence[str], ngram: int) -> list[_Hypothesis]:
+        from faster_whisper.transcribe import get_compression_ratio, get_suppressed_tokens
+
+        tokenizers = [self._tokenizer(language) for language in languages]
+        results = self._model.model.generate(
+            _storage(encoded),
+            [[*tokenizer.sot_sequence, tokenizer.no_timestamps] for tokenizer in tokenizers],
+            beam_size=self.parameters.beam_size,
+            length_penalty=self.parameters.length_penalty,
+            no_repeat_ngram_size=ngram,
+            max_length=self._model.max_length,
+            suppress_tokens=list(get_suppressed_tokens(tokenizers[0], [-1])),
+            return_scores=True,
+            return_no_speech_prob=True,
+        )
+        hypotheses = []
+        for tokenizer, result in zip(tokenizers, results, strict=True):
+            tokens = [token for token in result.sequences_ids[0] if token < tokenizer.eot]
+            total = result.scores[0] * len(result.sequences_ids[0]) ** self.parameters.length_penalty
+            ratio = get_compression_ratio(tokenizer.decode(tokens).strip()) if tokens else 0.0
+            mean = total / (len(result.sequences_ids[0]) + 1)
+            hypotheses.append(_Hypothesis(tokens, mean, result.no_speech_prob, ratio))
+        return hypotheses
+
+    def _doubt(self, hypothesis: _Hypothesis, final: bool) -> str:
+        """Why the text is not to be believed, or empty. The rules of the Whisper paper, section 4.5."""
+        p = self.parameters
+        if hypothesis.compression > p.max_compression:
+            return "repetitive"
+        if hypothesis.logprob < (p.min_logprob if final else p.doubtful_logprob):
+            return "improbable"
+        if hypothesis.no_speech > p.max_no_speech and hypothesis.logprob < p.doubtful_logprob:
+            return "no_speech"
+        return ""
+
+    def _align(
+        self,
+        encoded: npt.NDArray[Any],
+        languages: Sequence[str],
+        hypotheses: Sequence[_Hypothesis],
+        frames: Sequence[int],
+        rows: Sequence[int],
+    ) -> dict[int, tuple[Word, ...]]:
+        """Word times from the cross-attention, one call per language, because its prompt names one."""
+        from faster_whisper.transcribe import merge_punctuations
+
+        groups: dict[str, list[int]] = defaultdict(list)
+        for row in rows:
+            if hypotheses[row].tokens:
+                groups[languages[row]].append(row)
+        words: dict[int, tuple[Word, ...]] = {}
+        for language, members in groups.items():
+            found = self._model.find_alignment(
+                self._tokenizer(language),
+                [hypotheses[row].tokens for row in members],
+                _storage(encoded[members]),
+                [frames[row] for row in members],
+            )
+            for row, alignment in zip(members, found, strict=True):
+                merge_punctuations(alignment, PREPENDED, APPENDED)
+                words[row] = _words(alignment, frames[row] / FRAMES_PER_S)
+        return words
+
+    def _make_tokenizer(self, language: str) -> Any:
+        from faster_whisper.tokenizer import Tokenizer
+
+        model = self._model
+        return Tokenizer(model.hf_tokenizer, model.model.is_multilingual, task="transcribe", language=language)
+
+
+def _words(alignment: Sequence[Mapping[str, Any]], duration_s: float) -> tuple[Word, ...]:
+    words = []
+    for entry in alignment:
+        if entry["word"].strip():
+            start, end = (min(max(float(entry[edge]), 0.0), duration_s) for edge in ("start", "end"))
+            words.append(Word(entry["word"], start, max(start, end), min(1.0, float(entry["probability"]))))
+    return tuple(words)
+
+
+def _storage(rows: npt.NDArray[Any]) -> Any:
+    import ctranslate2
+
+    return ctranslate2.StorageView.from_array(np.ascontiguousarray(rows))
+
+
+def _fingerprint(samples: npt.NDArray[np.int16]) -> bytes:
+    return hashlib.blake2b(np.ascontiguousarray(samples).data, digest_size=16).digest()
+
+
+def _compute_type(precision: str, cuda: bool) -> str:
+    """CTranslate2's name of a precision; a CPU without half precision computes in int8."""
+    if cuda:
+        return {"int8": "int8_float16", "fp16": "float16", "bf16": "bfloat16"}.get(precision, "float32")
+    return "float32" if precision == "fp32" else "int8"

@@ -1,0 +1,405 @@
+"""The outcome record: one row per media item and asset, and the only legal ways to change it.
+
+Transitions (`claim` grows with every claim, so a worker that lost its item cannot write any more):
+
+    (none) ──claim──▶ running ──finish──▶ ok | not_applicable | retryable | quarantined
+    ok, not_applicable ──claim (new version)──▶ running
+    retryable ──claim──▶ running
+    running ──claim (its worker is gone)──▶ running, or quarantined once attempts are used up
+    running ──release (clean shutdown)──▶ retryable, the attempt given back
+    quarantined ──claim (new version)──▶ running
+    quarantined, retryable ──reset──▶ retryable, attempts 0
+    any but running ──block──▶ retryable | quarantined, class upstream_failed
+
+Every transition is guarded in SQL and written to `outcome_history` in the same transaction.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import StrEnum
+from types import TracebackType
+from typing import Any, Self
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import insert
+
+from resources.database import LOCK_NAMESPACE, Database
+from resources.errors import Failure, UpstreamFailed, WorkerLost
+from resources.records import outcome_history, outcomes
+from resources.settings import Engine
+
+_CHUNK = 5000  # rows per statement, well below Postgres' limit of 65,535 parameters
+
+
+class Status(StrEnum):
+    """State of one asset of one media item."""
+
+    RUNNING = "running"
+    OK = "ok"
+    NOT_APPLICABLE = "not_applicable"
+    RETRYABLE = "retryable"
+    QUARANTINED = "quarantined"
+
+    @property
+    def done(self) -> bool:
+        """Whether there is a table to read."""
+        return self in (Status.OK, Status.NOT_APPLICABLE)
+
+
+class LostClaim(Exception):
+    """The item was claimed by another run meanwhile; what this worker made is discarded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One row of the `outcomes` table. `content` identifies the output; it feeds its dependants' versions."""
+
+    media_id: str
+    asset: str
+    version: str
+    content: str
+    status: Status
+    attempts: int
+    claim: int
+    error_class: str | None = None
+    error: str | None = None
+    run_id: str | None = None
+    seconds: float | None = None
+    units: int | None = None
+    rows: int | None = None
+    device: str | None = None
+    model: str | None = None
+    bytes_out: int | None = None
+    copied_from: str | None = None
+    retry_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The right to finish one asset of one item."""
+
+    media_id: str
+    asset: str
+    version: str
+    number: int
+    attempts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What an item's asset took: seconds of work, model units, rows and bytes written, and on what."""
+
+    seconds: float = 0.0
+    units: int = 0
+    rows: int = 0
+    bytes_out: int = 0
+    device: str | None = None
+    model: str | None = None
+    copied_from: str | None = None
+
+
+_FIELDS = [outcomes.c[name] for name in Outcome.__slots__]
+
+
+class OutcomeStore:
+    """Reads and transitions outcome records."""
+
+    def __init__(self, database: Database, settings: Engine) -> None:
+        self._engine = database.engine
+        self._settings = settings
+
+    def load(self, media_ids: Sequence[str], assets: Sequence[str] | None = None) -> dict[tuple[str, str], Outcome]:
+        """Records of these items, keyed by (media_id, asset)."""
+        found: dict[tuple[str, str], Outcome] = {}
+        with self._engine.connect() as connection:
+            for chunk in _chunks(media_ids):
+                query = sa.select(*_FIELDS).where(outcomes.c.media_id.in_(chunk))
+                if assets is not None:
+                    query = query.where(outcomes.c.asset.in_(assets))
+                for row in connection.execute(query).mappings():
+                    found[row["media_id"], row["asset"]] = _outcome(row)
+        return found
+
+    def twins(self, asset: str, versions: Sequence[str]) -> dict[str, str]:
+        """For each version of `asset` that some item has finished, one such item."""
+        found: dict[str, str] = {}
+        with self._engine.connect() as connection:
+            for chunk in _chunks(versions):
+                query = sa.select(outcomes.c.version, sa.func.min(outcomes.c.media_id)).where(
+                    outcomes.c.asset == asset, outcomes.c.version.in_(chunk), outcomes.c.status == Status.OK
+                )
+                found.update({row[0]: row[1] for row in connection.execute(query.group_by(outcomes.c.version))})
+        return found
+
+    def claim(self, media_id: str, asset: str, version: str, run_id: str, alive: Liveness) -> Claim | Outcome:
+        """Claim one asset of one item for this run.
+
+        Returns the existing record instead when it must not be claimed: finished or quarantined at this
+        version, in flight in another live run, or out of attempts after its workers were lost.
+        """
+        with self._engine.begin() as connection:
+            row = connection.execute(
+                sa.select(*_FIELDS)
+                .where(outcomes.c.media_id == media_id, outcomes.c.asset == asset)
+                .with_for_update()
+            ).mappings().first()
+            current = _outcome(row) if row else None
+            attempts, number = 1, 1
+            if current:
+                number = current.claim + 1
+                if current.status is Status.RUNNING and current.run_id != run_id and alive.is_alive(current.run_id):
+                    return current
+                if current.version == version:
+                    if current.status.done:
+                        return current
+                    if current.status is Status.QUARANTINED and current.error_class != UpstreamFailed.code:
+                        return current
+                    attempts = current.attempts + 1
+                    if current.status is Status.RUNNING and current.attempts >= self._settings.max_attempts:
+                        return self._lost(connection, current)
+            values = {
+                "media_id": media_id,
+                "asset": asset,
+                "version": version,
+                "status": Status.RUNNING,
+                "attempts": attempts,
+                "claim": number,
+                "run_id": run_id,
+                "error_class": None,
+                "error": None,
+                "retry_at": None,
+                "updated_at": sa.func.now(),
+            }
+            statement = insert(outcomes).values(values).on_conflict_do_update(
+                index_elements=["media_id", "asset"], set_=values, where=outcomes.c.claim == number - 1
+            )
+            if connection.execute(statement).rowcount != 1:
+                raise LostClaim(f"{asset} of {media_id} was claimed by another run")
+            _record(connection, values)
+            return Claim(media_id, asset, version, number, attempts)
+
+    def _lost(self, connection: sa.Connection, current: Outcome) -> Outcome:
+        error = f"The worker died {current.attempts} times with this item in flight. {WorkerLost.remedy}"
+        values = {"status": Status.QUARANTINED, "error_class": WorkerLost.code, "error": error}
+        return _write(connection, current.media_id, current.asset, current.claim, current.version, values)
+
+    def succeed(self, claim: Claim, status: Status, content: str, cost: Cost, note: str | None = None) -> Outcome:
+        """Commit `ok` or `not_applicable`. Raises LostClaim."""
+        if not status.done:
+            raise ValueError(f"{status} is not a success")
+        return self._finish(claim, {"status": status, "content": content, "error": note, **_cost(cost)})
+
+    def fail(self, claim: Claim, failure: Failure, cost: Cost) -> Outcome:
+        """Commit a failure: `retryable` with a due time, or `quarantined`. Raises LostClaim."""
+        retry = failure.retryable and claim.attempts < self._settings.max_attempts
+        values: dict[str, Any] = {
+            "status": Status.RETRYABLE if retry else Status.QUARANTINED,
+            "error_class": failure.error_class,
+            "error": failure.message,
+            **_cost(cost),
+        }
+        if retry:
+            delay = self._settings.retry_base_s * 2 ** (claim.attempts - 1) * random.uniform(0.5, 1.5)  # noqa: S311
+            values["retry_at"] = sa.func.now() + timedelta(seconds=delay)
+        return self._finish(claim, values)
+
+    def release(self, claim: Claim) -> None:
+        """Give the item back on a clean shutdown; the attempt does not count."""
+        values = {"status": Status.RETRYABLE, "attempts": claim.attempts - 1, "retry_at": sa.func.now()}
+        with suppress(LostClaim):
+            self._finish(claim, values)
+
+    def block(self, media_id: str, asset: str, version: str, cause: str, retryable: bool, run_id: str) -> Outcome:
+        """Record that an input of this asset failed; costs no attempt and follows when the input is mended."""
+        status = Status.RETRYABLE if retryable else Status.QUARANTINED
+        values = {
+            "media_id": media_id,
+            "asset": asset,
+            "version": version,
+            "status": status,
+            "attempts": 0,
+            "claim": 0,
+            "error_class": UpstreamFailed.code,
+            "error": cause,
+            "run_id": run_id,
+        }
+        changed = {k: v for k, v in values.items() if k != "claim"} | {"updated_at": sa.func.now(), "retry_at": None}
+        statement = (
+            insert(outcomes)
+            .values(values)
+            .on_conflict_do_update(
+                index_elements=["media_id", "asset"], set_=changed, where=outcomes.c.status != Status.RUNNING
+            )
+            .returning(*_FIELDS)
+        )
+        with self._engine.begin() as connection:
+            row = connection.execute(statement).mappings().first()
+            if row is None:
+                raise LostClaim(f"{asset} of {media_id} is in flight elsewhere")
+            _record(connection, row)
+            return _outcome(row)
+
+    def _finish(self, claim: Claim, values: dict[str, Any]) -> Outcome:
+        with self._engine.begin() as connection:
+            return _write(connection, claim.media_id, claim.asset, claim.number, claim.version, values)
+
+    def reset(
+        self,
+        media_ids: Sequence[str] | None = None,
+        assets: Sequence[str] | None = None,
+        error_classes: Sequence[str] | None = None,
+    ) -> int:
+        """Give failed records (quarantined or waiting) a fresh start at once; returns how many."""
+        condition = outcomes.c.status.in_([Status.QUARANTINED, Status.RETRYABLE])
+        for column, wanted in (
+            (outcomes.c.media_id, media_ids),
+            (outcomes.c.asset, assets),
+            (outcomes.c.error_class, error_classes),
+        ):
+            if wanted is not None:
+                condition &= column.in_(wanted)
+        statement = (
+            sa.update(outcomes)
+            .where(condition)
+            .values(status=Status.RETRYABLE, attempts=0, retry_at=sa.func.now(), updated_at=sa.func.now())
+            .returning(*_FIELDS)
+        )
+        with self._engine.begin() as connection:
+            rows = connection.execute(statement).mappings().all()
+            for row in rows:
+                _record(connection, row)
+        return len(rows)
+
+    def content_of(self, asset: str) -> dict[str, str]:
+        """Content identity of every finished item of one asset, by media ID."""
+        query = sa.select(outcomes.c.media_id, outcomes.c.content).where(
+            outcomes.c.asset == asset, outcomes.c.status == Status.OK
+        )
+        with self._engine.connect() as connection:
+            return {row[0]: row[1] for row in connection.execute(query)}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Every record of a live item, as plain rows for the `outcomes` view."""
+        query = sa.text(
+            "select o.media_id, o.asset, o.version, o.status, o.attempts, o.error_class, o.error, o.run_id, o.seconds,"
+            " o.units, o.rows, o.device, o.model, o.bytes_out, o.copied_from, o.retry_at, o.updated_at"
+            " from outcomes o join uploads u using (media_id) where u.state = 'live' order by o.media_id, o.asset"
+        )
+        with self._engine.connect() as connection:
+            return [dict(row) for row in connection.execute(query).mappings()]
+
+    def summary(self) -> list[dict[str, Any]]:
+        """Count of live items by asset, status and error class, with the seconds they took."""
+        query = sa.text(
+            "select o.asset, o.status, o.error_class, count(*) as items, sum(o.seconds) as seconds, sum(o.rows) as rows"
+            " from outcomes o join uploads u using (media_id) where u.state = 'live'"
+            " group by 1, 2, 3 order by 1, 2, 3"
+        )
+        with self._engine.connect() as connection:
+            return [dict(row) for row in connection.execute(query).mappings()]
+
+    def lease(self, run_id: str) -> Lease:
+        """A lease that says this run is alive; hold it while items are in flight."""
+        return Lease(self._engine, run_id)
+
+
+class Liveness:
+    """Tells which runs are alive. Each lives as long as its database session holds an advisory lock."""
+
+    def __init__(self, connection: sa.Connection) -> None:
+        self._connection = connection
+
+    def is_alive(self, run_id: str | None) -> bool:
+        """Whether a process holds the lease of `run_id`."""
+        if run_id is None:
+            return False
+        query = sa.text(
+            "select exists (select from pg_locks where locktype = 'advisory' and classid = :space"
+            " and objid = :key and objsubid = 2 and granted"
+            " and database = (select oid from pg_database where datname = current_database()))"
+        )
+        values = {"space": LOCK_NAMESPACE, "key": _lock_key(run_id)}
+        alive: bool = self._connection.execute(query, values).scalar_one()
+        self._connection.commit()
+        return alive
+
+
+class Lease(AbstractContextManager["Lease"]):
+    """An advisory lock of the database session, gone the moment the process dies."""
+
+    def __init__(self, engine: sa.Engine, run_id: str) -> None:
+        self._engine = engine
+        self.run_id = run_id
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        connection = self._stack.enter_context(self._engine.connect())
+        values = {"space": LOCK_NAMESPACE, "key": _signed(_lock_key(self.run_id))}
+        connection.execute(sa.text("select pg_advisory_lock_shared(:space, :key)"), values)
+        connection.commit()
+        self.liveness = Liveness(connection)
+        self._stack.callback(self._release, connection, values)
+        return self
+
+    @staticmethod
+    def _release(connection: sa.Connection, values: dict[str, int]) -> None:
+        connection.execute(sa.text("select pg_advisory_unlock_shared(:space, :key)"), values)
+        connection.commit()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+
+def _lock_key(run_id: str) -> int:
+    return int.from_bytes(hashlib.blake2b(run_id.encode(), digest_size=4).digest())
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 32) if value >= 1 << 31 else value
+
+
+def _write(
+    connection: sa.Connection, media_id: str, asset: str, claim: int, version: str, values: Mapping[str, Any]
+) -> Outcome:
+    statement = (
+        sa.update(outcomes)
+        .where(
+            outcomes.c.media_id == media_id,
+            outcomes.c.asset == asset,
+            outcomes.c.claim == claim,
+            outcomes.c.version == version,
+            outcomes.c.status == Status.RUNNING,
+        )
+        .values(**values, updated_at=sa.func.now())
+        .returning(*_FIELDS)
+    )
+    row = connection.execute(statement).mappings().first()
+    if row is None:
+        raise LostClaim(f"{asset} of {media_id} was claimed by another run")
+    _record(connection, row)
+    return _outcome(row)
+
+
+def _record(connection: sa.Connection, row: Mapping[str, Any]) -> None:
+    kept = ("media_id", "asset", "version", "claim", "status", "error_class", "error", "run_id")
+    connection.execute(sa.insert(outcome_history).values({name: row.get(name) for name in kept}))
+
+
+def _cost(cost: Cost) -> dict[str, Any]:
+    return {name: getattr(cost, name) for name in Cost.__slots__}
+
+
+def _outcome(row: Mapping[str, Any]) -> Outcome:
+    return Outcome(**{**row, "status": Status(row["status"])})
+
+
+def _chunks(values: Sequence[str]) -> Iterable[Sequence[str]]:
+    return (values[start : start + _CHUNK] for start in range(0, len(values), _CHUNK))

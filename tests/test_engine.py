@@ -1,0 +1,340 @@
+"""The batch engine alone, on toy stages: whatever raises and in whatever order, every item ends in one outcome."""
+
+from __future__ import annotations
+
+import uuid
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from media_assets.engine import BatchEngine, How, Result, Serial, Threads
+from media_assets.stage import MediaItem
+from resources.database import Database
+from resources.errors import Failure, ModelUnavailable, Undecodable
+from resources.library import Library
+from resources.outcomes import OutcomeStore, Status
+from resources.settings import Engine, Settings
+from resources.storage import DerivedStore
+from tests.toy_stages import CHAIN, Doubled, Fault, Numbers, Total, Toy
+
+EXECUTORS = {"serial": Serial, "threads": lambda: Threads(2)}
+
+
+class Bench:
+    """An engine on toy stages with everything a test wants to look at."""
+
+    def __init__(self, database: Database, root: Path, executor: str = "threads", **engine: object) -> None:
+        self.settings = Settings(home=root, engine=Engine.model_validate({"retry_base_s": 0, **engine}))
+        self.store = DerivedStore(root / "derived")
+        self.outcomes = OutcomeStore(database, self.settings.engine)
+        self.models = Library(self.settings).models
+        self.executor = EXECUTORS[executor]
+
+    def stages(self, fault: Fault = lambda method, media_id: None, kinds: Sequence[type[Toy]] = CHAIN) -> list[Toy]:
+        return [kind(self.settings, self.models, fault) for kind in kinds]
+
+    def run(self, items: Sequence[MediaItem], stages: Sequence[Toy], run_id: str = "run") -> list[Result]:
+        engine = BatchEngine(stages, self.store, self.outcomes, self.settings, self.executor)
+        return list(engine.run(items, run_id))
+
+    def values(self, asset: str, item: MediaItem) -> list[int]:
+        return list(self.store.read(asset, item.media_id).column("value").to_pylist())
+
+
+def items(*names: str) -> list[MediaItem]:
+    """Items with distinct content, called by these names."""
+    return [MediaItem(name, f"/media/{name}", "1") for name in names]
+
+
+@pytest.fixture(params=["serial", "threads"])
+def bench(request: pytest.FixtureRequest, database: Database, tmp_path: Path) -> Bench:
+    """The engine under each executor."""
+    return Bench(database, tmp_path, request.param)
+
+
+def by_key(results: Sequence[Result]) -> dict[tuple[str, str], Result]:
+    """Results by (media_id, asset); each key must come once."""
+    found = {(result.media_id, result.asset): result for result in results}
+    assert len(found) == len(results)
+    return found
+
+
+def test_a_chain_of_stages_runs_over_every_item(bench: Bench) -> None:
+    """Given six items, when three stages run, then each table holds the values of its own item."""
+    batch = items("a", "b", "c", "empty-1", "photo-1", "d")
+    results = by_key(bench.run(batch, bench.stages()))
+    assert len(results) == 18
+    assert all(result.done for result in results.values())
+    assert results["photo-1", "numbers"].outcome.status is Status.NOT_APPLICABLE
+    assert results["empty-1", "total"].outcome.rows == 0
+    for item in batch[:3]:
+        seed = sum(item.media_id.encode())
+        assert bench.values("numbers", item) == [2 * seed, 2 * seed + 2, 2 * seed + 4]
+        assert bench.values("doubled", item) == [4 * seed, 4 * seed + 4, 4 * seed + 8]
+
+
+def test_micro_batches_span_items_and_are_keyed(bench: Bench) -> None:
+    """Given items with three units each and micro-batches of four, then batches mix items and are full but the last."""
+    stages = bench.stages(kinds=[Numbers])
+    bench.run(items("a", "b", "empty-0", "c", "d"), stages)
+    sizes = [len(batch) for batch in stages[0].batches]
+    assert sum(sizes) == 12
+    assert sizes.count(4) == 3
+    assert any(len({unit.split("/")[0] for unit in batch}) > 1 for batch in stages[0].batches)
+
+
+def test_a_unit_that_breaks_the_model_is_isolated(bench: Bench) -> None:
+    """Given a model that raises whenever one item is in the micro-batch, then only that item fails."""
+
+    def fault(method: str, media_id: str) -> object:
+        if method == "infer" and media_id == "b":
+            raise RuntimeError("device-side assert")
+        return None
+
+    results = by_key(bench.run(items("a", "b", "c", "d"), bench.stages(fault)))
+    assert {key[0] for key, result in results.items() if not result.done} == {"b"}
+    assert results["b", "numbers"].outcome.error_class == "internal"
+    assert results["b", "total"].outcome.error_class == "upstream_failed"
+    assert "device-side assert" in (results["b", "total"].outcome.error or "")
+
+
+def test_out_of_memory_halves_the_micro_batch_for_good(bench: Bench) -> None:
+    """Given a device that holds one unit, then every item succeeds, one unit at a time."""
+    stages = bench.stages(kinds=[Numbers])
+    infer = stages[0].infer
+
+    def small_device(units: Sequence[object]) -> object:
+        if len(units) > 1:
+            raise MemoryError
+        return infer(units)  # type: ignore[arg-type]
+
+    stages[0].infer = small_device  # type: ignore[method-assign,assignment]
+    results = bench.run(items("a", "b", "c", "d"), stages)
+    assert all(result.done for result in results)
+    assert {len(batch) for batch in stages[0].batches} == {1}
+
+
+def test_failures_keep_their_class_and_wait_or_are_set_aside(bench: Bench) -> None:
+    """Given a permanent and a retryable failure, then one is quarantined at once and the other after three attempts."""
+
+    def fault(method: str, media_id: str) -> object:
+        if method == "prepare" and media_id == "bad":
+            raise Undecodable("No stream can be decoded.")
+        if method == "infer" and media_id == "flaky":
+            return Failure("model_failed", "the server answered 503", retryable=True)
+        return None
+
+    batch = items("bad", "flaky", "good")
+    seen = []
+    for attempt in range(4):
+        results = by_key(bench.run(batch, bench.stages(fault, [Numbers]), f"run-{attempt}"))
+        seen.append((results["bad", "numbers"].outcome.status, results["flaky", "numbers"].outcome.status))
+        assert results["good", "numbers"].done
+    assert seen[0] == (Status.QUARANTINED, Status.RETRYABLE)
+    assert seen[1] == (Status.QUARANTINED, Status.RETRYABLE)
+    assert seen[2:] == [(Status.QUARANTINED, Status.QUARANTINED)] * 2
+    assert results["bad", "numbers"].how is How.HELD
+    assert results["bad", "numbers"].outcome.attempts == 1
+    assert results["flaky", "numbers"].outcome.attempts == 3
+
+
+def test_finished_items_are_not_computed_again(bench: Bench) -> None:
+    """Given a finished batch, when it runs again, then nothing is prepared and every result is reused."""
+    batch = items("a", "b", "photo-1")
+    bench.run(batch, bench.stages(), "first")
+    stages = bench.stages()
+    results = bench.run(batch, stages, "second")
+    assert {result.how for result in results} == {How.REUSED}
+    assert [stage.prepared for stage in stages] == [[], [], []]
+    assert all(result.outcome.run_id == "first" for result in results)
+
+
+def test_a_changed_stage_makes_exactly_its_dependants_stale(bench: Bench) -> None:
+    """Given a finished chain, when `doubled` changes, then `doubled` and `total` run again and `numbers` does not."""
+    batch = items("a", "b")
+    bench.run(batch, bench.stages())
+    changed = bench.stages()
+    changed[1].code_version = "2"  # type: ignore[misc]
+    results = by_key(bench.run(batch, changed, "second"))
+    assert {key[1]: result.how for key, result in results.items()} == {
+        "numbers": How.REUSED,
+        "doubled": How.COMPUTED,
+        "total": How.COMPUTED,
+    }
+
+
+def test_items_with_the_same_input_are_computed_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given three items whose `numbers` have the same content, then `doubled` runs once and is copied twice."""
+    batch = items("a", "twin-1", "twin-2")
+    make = Numbers.assemble
+
+    def same_content(stage: Numbers, inputs: object, carry: object, outputs: object) -> object:
+        product = make(stage, inputs, carry, outputs)  # type: ignore[arg-type]
+        table = product.table.set_column(1, product.table.schema.field(1), pa.array([1, 2, 3], pa.int64()))
+        return type(product)(table, content="the same bytes")
+
+    monkeypatch.setattr(Numbers, "assemble", same_content)
+    stages = bench.stages()
+    results = by_key(bench.run(batch, stages))
+    assert Counter(results[item.media_id, "doubled"].how for item in batch) == {How.COMPUTED: 1, How.COPIED: 2}
+    assert len(stages[1].prepared) == 1
+    assert {tuple(bench.values("total", item)) for item in batch} == {tuple(bench.values("total", batch[0]))}
+    assert bench.store.read("doubled", "twin-2").column("media_id").unique().to_pylist() == ["twin-2"]
+
+
+def test_a_model_that_does_not_load_fails_its_stage_with_its_remedy(bench: Bench) -> None:
+    """Given weights that are missing, then each item of that stage ends with the message, and `infer` is not tried."""
+    stages = bench.stages(kinds=[Numbers, Doubled])
+
+    def missing() -> None:
+        raise ModelUnavailable("No weights for toy.", "Install media-assets[offline].")
+
+    stages[1].load = missing  # type: ignore[method-assign]
+    results = by_key(bench.run(items("a", "b"), stages))
+    assert results["a", "numbers"].done
+    assert results["a", "doubled"].outcome.error_class == "model_unavailable"
+    assert "media-assets[offline]" in (results["b", "doubled"].outcome.error or "")
+    assert stages[1].batches == []
+
+
+def test_a_full_disk_ends_the_item_and_not_the_batch(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given a disk that is full for one write, then that item is retryable, nothing half-written is left behind."""
+    monkeypatch.setenv("MEDIA_FAULT", "storage.before_rename:disk_full:2")
+    monkeypatch.setattr("resources.faults._hits", {})
+    results = bench.run(items("a", "b", "c"), bench.stages(kinds=[Numbers]))
+    failed = [result for result in results if not result.done]
+    assert len(failed) == 1
+    assert failed[0].outcome.error_class == "storage_failed"
+    assert failed[0].outcome.status is Status.RETRYABLE
+    assert len(list((bench.store.root / "numbers").iterdir())) == 2
+
+
+def test_a_missing_input_blocks_and_follows_when_it_is_made(bench: Bench) -> None:
+    """Given `doubled` without its input, then it is blocked at no attempt; once the input is there, it runs."""
+    batch = items("a")
+    blocked = bench.run(batch, bench.stages(kinds=[Doubled]))
+    assert blocked[0].how is How.BLOCKED
+    assert blocked[0].outcome.attempts == 0
+    assert "Materialize numbers first" in (blocked[0].outcome.error or "")
+    bench.run(batch, bench.stages(kinds=[Numbers]))
+    assert bench.run(batch, bench.stages(kinds=[Doubled]))[0].how is How.COMPUTED
+
+
+def test_closing_early_gives_items_back(bench: Bench) -> None:
+    """Given a batch that is stopped after one result, then no record stays in flight and no attempt is lost."""
+    batch = items(*"abcdefgh")
+    engine = BatchEngine(bench.stages(), bench.store, bench.outcomes, bench.settings, bench.executor)
+    running = engine.run(batch, "stopped")
+    next(running)
+    running.close()
+    records = bench.outcomes.load([item.media_id for item in batch])
+    assert Status.RUNNING not in {record.status for record in records.values()}
+    assert {record.attempts for record in records.values() if not record.status.done} <= {0}
+    assert all(result.done for result in bench.run(batch, bench.stages(), "again"))
+
+
+def test_an_item_in_flight_elsewhere_is_left_alone(bench: Bench) -> None:
+    """Given an item claimed by a live run, then a second run leaves it; when that run is gone, it takes it."""
+    batch = items("a", "b")
+    numbers = bench.stages(kinds=[Numbers])
+    with bench.outcomes.lease("other") as lease:
+        from media_assets.versions import item_version
+
+        version = item_version(numbers[0], batch[0], [])
+        bench.outcomes.claim("a", "numbers", version, "other", lease.liveness)
+        results = by_key(bench.run(batch, numbers))
+        assert results["a", "numbers"].how is How.BUSY
+        assert results["b", "numbers"].how is How.COMPUTED
+    results = by_key(bench.run(batch, bench.stages(kinds=[Numbers]), "later"))
+    assert results["a", "numbers"].how is How.COMPUTED
+    assert results["a", "numbers"].outcome.attempts == 2
+
+
+METHODS = ("prepare", "infer", "assemble")
+WAYS = ("raise", "base", "memory", "failure", "silent", "unprintable")
+
+
+class Unprintable(Exception):
+    """An exception whose text cannot be made."""
+
+    def __str__(self) -> str:
+        raise ValueError("no")
+
+
+def planned(plan: dict[tuple[str, str], str]) -> Fault:
+    """A fault hook that does what `plan` says for (method, media_id)."""
+
+    def fault(method: str, media_id: str) -> object:
+        way = plan.get((method, media_id))
+        if way == "raise":
+            raise RuntimeError("planned")
+        if way == "base":
+            raise SystemExit(3)
+        if way == "memory":
+            raise MemoryError
+        if way == "unprintable":
+            raise Unprintable
+        if way == "failure" and method == "infer":
+            return Failure("model_failed", "planned", retryable=False)
+        return "silent" if way == "silent" and method == "infer" else None
+
+    return fault
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    names=st.lists(st.sampled_from(["a", "b", "c", "photo-x", "empty-y", "d", "e"]), unique=True, max_size=7),
+    plans=st.dictionaries(
+        st.tuples(st.sampled_from([stage.name for stage in CHAIN]), st.sampled_from(METHODS), st.sampled_from("abcde")),
+        st.sampled_from(WAYS),
+        max_size=6,
+    ),
+    window=st.integers(2, 5),
+    max_units=st.integers(1, 9),
+    executor=st.sampled_from(sorted(EXECUTORS)),
+)
+def test_every_item_ends_in_exactly_one_outcome(
+    database: Database,
+    tmp_path: Path,
+    names: list[str],
+    plans: dict[tuple[str, str, str], str],
+    window: int,
+    max_units: int,
+    executor: str,
+) -> None:
+    """Whatever raises, wherever, under any window: one result and one settled record per item and stage."""
+    prefix = uuid.uuid4().hex[:6]
+    bench = Bench(database, tmp_path / prefix, executor, window=window, max_units=max_units)
+    batch = [MediaItem(name, f"/{prefix}/{name}", "1") for name in names]
+    stages = []
+    for kind in CHAIN:
+        plan = {(method, name): way for (stage, method, name), way in plans.items() if stage == kind.name}
+        stages.append(kind(bench.settings, bench.models, planned(plan)))
+    results = by_key(bench.run(batch, stages, prefix))
+    assert set(results) == {(item.media_id, stage.name) for item in batch for stage in stages}
+    records = bench.outcomes.load(names)
+    for (media_id, asset), result in results.items():
+        record = records[media_id, asset]
+        assert record.status is not Status.RUNNING
+        assert record.status == result.outcome.status
+        hurt = any(plans.get((asset, method, media_id)) for method in METHODS)
+        if result.done:
+            assert bench.store.exists(asset, media_id)
+        else:
+            upstream = [results[media_id, name] for name in next(s for s in stages if s.name == asset).inputs]
+            assert hurt or any(not source.done for source in upstream)
+            assert record.error_class
+            assert record.error
+
+
+def test_total_reads_both_of_its_inputs(bench: Bench) -> None:
+    """Given a diamond, then `total` holds six values: three of `numbers` and three of `doubled`, doubled."""
+    batch = items("a")
+    bench.run(batch, bench.stages())
+    values = [*bench.values("numbers", batch[0]), *bench.values("doubled", batch[0])]
+    assert sorted(bench.values(Total.name, batch[0])) == sorted(2 * value for value in values)
