@@ -53,13 +53,15 @@ class Product:
 
     `table` follows the stage's schema, without rows where there is nothing; `sides` its side tables.
     `facts` are figures worth showing (counts, seconds, spared frames), `previews` PNG or JPEG bytes by
-    name for the Dagster UI, made only when `Inputs.wants_preview`.
+    name for the Dagster UI, made only when `Inputs.wants_preview`. `content` identifies the output for
+    its dependants where that differs from the version (`media`: the bytes, whatever their location).
     """
 
     table: pa.Table
     sides: Mapping[str, pa.Table] = field(default_factory=dict)
     facts: Mapping[str, int | float | str] = field(default_factory=dict)
     previews: Mapping[str, bytes] = field(default_factory=dict)
+    content: str | None = None
 
 
 class Inputs:
@@ -176,7 +178,12 @@ class Stage(ABC, Generic[P, O]):
     @property
     def sides(self) -> tuple[str, ...]:
         """Names of the stage's side tables."""
-        return tuple(schemas.SIDES.get(self.name, ()))
+        return tuple(self.side_schemas)
+
+    @property
+    def side_schemas(self) -> Mapping[str, pa.Schema]:
+        """Schemas of the stage's side tables, by name."""
+        return schemas.SIDES.get(self.name, {})
 
     def specs(self) -> tuple[ModelSpec, ...]:
         """Champion model specs whose identity enters the version."""

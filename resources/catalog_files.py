@@ -104,7 +104,7 @@ def dataset(
 def publishing(store: DerivedStore, path: UPath) -> Iterator[Path]:
     """A local file to write; when the block ends well it appears at `path` in one step."""
     if is_local(store):
-        final = Path(path)
+        final = Path(str(path))
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}")
         try:

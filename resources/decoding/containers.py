@@ -21,7 +21,9 @@ DEMUXERS = (
 )
 """Demuxers in use. Playlists (hls, concat, dash) are absent: they would open other files and addresses."""
 
-WEAK_DEMUXERS = frozenset({"mp3", "aac", "ac3", "eac3", "dts", "mpeg", "h264", "hevc", "m4v", "amr", "mpc", "swf", "dv"})
+WEAK_DEMUXERS = frozenset(
+    {"mp3", "aac", "ac3", "eac3", "dts", "mpeg", "h264", "hevc", "m4v", "amr", "mpc", "swf", "dv"}
+)
 """Recognised by little more than a sync word, so that random bytes may pass: a frame must decode too."""
 
 EXACT_DURATION = ("mov", "matroska", "webm", "wav", "w64", "aiff", "avi", "caf", "flac", "mxf", "nut")

@@ -7,7 +7,7 @@ import io
 import re
 import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from resources.decoding.sniff import ALLOWED_CONTROLS, BOMS
 from resources.errors import Empty, Undecodable, Unsupported
@@ -18,6 +18,7 @@ MAX_CELL_CHARACTERS = 1_000_000
 _BLANK_LINES = re.compile(r"\n[ \t\f]*\n\s*")
 _SRT_TIMES = re.compile(r"\d{1,3}:\d\d:\d\d[,.]\d{1,3}\s*-->\s*\d{1,3}:\d\d:\d\d")
 SUBTITLES = {"text/vtt": "vtt", "application/x-subrip": "srt", "text/x-ssa": "ass"}
+TABLES = {"text/csv": "", "text/tab-separated-values": "\t"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +56,19 @@ def text_mime(text: str, suffix: str) -> str:
 
 
 def segments(text: str, mime: str) -> Iterator[Segment]:
-    """The document's cues, rows or paragraphs in order. Raises Undecodable for broken subtitles."""
+    """The document's cues, rows or paragraphs in order, long ones cut at 2,000 characters.
+
+    Raises Undecodable for broken subtitles and tables, Empty where there are none.
+    """
     if mime in SUBTITLES:
-        return _cues(text, SUBTITLES[mime])
-    if mime in ("text/csv", "text/tab-separated-values"):
-        return _rows(text, "\t" if mime != "text/csv" else "")
-    return _paragraphs(text)
+        whole = _cues(text, SUBTITLES[mime])
+    elif mime in TABLES:
+        whole = _rows(text, TABLES[mime])
+    else:
+        whole = (Segment(paragraph.strip()) for paragraph in _BLANK_LINES.split(text))
+    for segment in whole:
+        for piece in _pieces(segment.text):
+            yield replace(segment, text=piece)
 
 
 def _decoded(data: bytes) -> str:
@@ -94,6 +102,7 @@ def _cues(text: str, form: str) -> Iterator[Segment]:
 
 
 def _rows(text: str, delimiter: str) -> Iterator[Segment]:
+    """Rows as their cells joined by commas; without a `delimiter`, the likeliest of the first line is taken."""
     csv.field_size_limit(MAX_CELL_CHARACTERS)
     if not delimiter:
         first = text.lstrip("\n").split("\n", 1)[0]
@@ -106,15 +115,13 @@ def _rows(text: str, delimiter: str) -> Iterator[Segment]:
         raise Undecodable("The table cannot be read as CSV.") from None
 
 
-def _paragraphs(text: str) -> Iterator[Segment]:
-    for paragraph in _BLANK_LINES.split(text):
-        rest = paragraph.strip()
-        while len(rest) > MAX_SEGMENT_CHARACTERS:
-            cut = _last_break(rest)
-            yield Segment(rest[:cut].rstrip())
-            rest = rest[cut:].lstrip()
-        if rest:
-            yield Segment(rest)
+def _pieces(text: str) -> Iterator[str]:
+    while len(text) > MAX_SEGMENT_CHARACTERS:
+        cut = _last_break(text)
+        yield text[:cut].rstrip()
+        text = text[cut:].lstrip()
+    if text:
+        yield text
 
 
 def _last_break(text: str) -> int:

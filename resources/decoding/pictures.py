@@ -16,15 +16,26 @@ from PIL import Image, ImageOps
 
 from resources.errors import MediaError, TooLarge, Truncated, Undecodable
 
-JPEG_STILL = {"quality": 92, "subsampling": 0}
+JPEG_STILL = {"quality": 92, "subsampling": 2}
 JPEG_IMAGE = {"quality": 95, "subsampling": 0}
+PNG_IMAGE = {"compress_level": 1}
 PNG_MAX_PIXELS = 4_000_000
+MIMES = {
+    "JPEG": "image/jpeg",
+    "PNG": "image/png",
+    "GIF": "image/gif",
+    "BMP": "image/bmp",
+    "TIFF": "image/tiff",
+    "WEBP": "image/webp",
+    "AVIF": "image/avif",
+    "JPEG2000": "image/jp2",
+}
 LOSSLESS = frozenset({"PNG", "BMP", "GIF", "TIFF"})
 EXIF_ORIENTATION = 0x0112
 CLOCKWISE_OF_ORIENTATION = {3: 180, 6: 90, 8: 270, 5: 90, 7: 270, 4: 180}
 TRUNCATION_WORDS = ("truncated", "premature", "end of file", "eof", "not enough data", "unexpected end")
 
-REPEAT_SIDE = 256
+REDUCED_SIDE = 256
 REPEAT_MAX_DIFFERENCE = 16
 REPEAT_MEMORY = 64
 
@@ -80,21 +91,31 @@ def image_still(picture: Image.Image, max_side: int) -> Still:
     picture.load()
     upright = _rgb(ImageOps.exif_transpose(picture))
     upright.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
-    return encoded(upright, "PNG" if lossless else "JPEG", {"compress_level": 1} if lossless else JPEG_IMAGE)
+    form, options = ("PNG", PNG_IMAGE) if lossless else ("JPEG", JPEG_IMAGE)
+    return encoded(upright, reduced(upright), form, options)
 
 
-def encoded(picture: Image.Image, form: str, options: dict[str, int]) -> Still:
-    """An RGB picture as a still."""
+def encoded(picture: Image.Image, reduction: Image.Image, form: str, options: dict[str, int]) -> Still:
+    """An RGB picture, with its `reduced` copy, as a still."""
     sink = io.BytesIO()
     picture.save(sink, form, **options)
-    return Still(sink.getvalue(), picture.width, picture.height, perceptual_hash(picture))
+    return Still(sink.getvalue(), picture.width, picture.height, perceptual_hash(reduction))
 
 
-def perceptual_hash(picture: Image.Image) -> bytes:
-    """64-bit DCT hash, 8 bytes, row-major from the lowest frequencies (imagehash.phash)."""
+def perceptual_hash(reduction: Image.Image) -> bytes:
+    """64-bit DCT hash of a `reduced` picture, 8 bytes, row-major from the lowest frequencies (imagehash.phash)."""
     import imagehash
 
-    return np.packbits(imagehash.phash(picture).hash.reshape(-1)).tobytes()
+    return np.packbits(imagehash.phash(reduction).hash.reshape(-1)).tobytes()
+
+
+def reduced(picture: Image.Image) -> Image.Image:
+    """The picture averaged down to 256 pixels on its longest side; itself where it is smaller."""
+    scale = REDUCED_SIDE / max(picture.size)
+    if scale >= 1:
+        return picture
+    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    return picture.resize(size, Image.Resampling.BOX)
 
 
 class Repeats:
@@ -110,11 +131,9 @@ class Repeats:
     def __init__(self) -> None:
         self._originals: OrderedDict[int, npt.NDArray[np.int16]] = OrderedDict()
 
-    def earlier(self, frame: int, picture: Image.Image) -> int | None:
-        """Frame of an earlier still with the same picture, or None and remember this one."""
-        small = picture.copy()
-        small.thumbnail((REPEAT_SIDE, REPEAT_SIDE), Image.Resampling.BOX, reducing_gap=None)
-        pixels = np.asarray(small, np.int16)
+    def earlier(self, frame: int, reduction: Image.Image) -> int | None:
+        """Frame of an earlier still whose `reduced` picture is the same, or None and remember this one."""
+        pixels = np.asarray(reduction, np.int16)
         for original in reversed(self._originals):
             other = self._originals[original]
             if other.shape == pixels.shape and np.abs(other - pixels).max() <= REPEAT_MAX_DIFFERENCE:

@@ -10,16 +10,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from resources.decoding.protocol import LENGTHS, MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES, Request, encode
-from resources.errors import DecoderCrashed, DecodeTimeout
+from resources.errors import DecoderCrashed, DecodeTimeout, MediaError
 
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 120.0
 RECYCLE_FILES = 500
 RECYCLE_RSS_BYTES = 768 * 2**20
 READ_BYTES = 1 << 20
@@ -57,7 +58,7 @@ class DecoderPool:
         # A worker dies with the thread that started it (PR_SET_PDEATHSIG), so one lasting thread starts all.
         self._starter = ThreadPoolExecutor(1, "decoder-starter")
 
-    def run(self, request: Request, budget: Budget) -> Iterator[Message]:
+    def run(self, request: Request, budget: Budget) -> Generator[Message]:
         """The worker's messages for one request, up to its last.
 
         Leaving the iterator early kills the worker. Raises DecoderCrashed when it dies or breaks the
@@ -110,6 +111,10 @@ class DecoderPool:
             process.end()
 
 
+def _deadline(silent: float, started: float, budget: Budget) -> float:
+    return min(silent, started + budget())
+
+
 class _Process:
     """One decoder process and its pipe."""
 
@@ -138,9 +143,9 @@ class _Process:
         try:
             deadline = time.monotonic() + START_TIMEOUT_S
             self._message(lambda: deadline)
-        except BaseException:
+        except MediaError as error:
             self.end()
-            raise
+            raise DecoderCrashed(f"A decoder process could not be started: {error.message}") from None
 
     @property
     def pid(self) -> int:
@@ -156,7 +161,7 @@ class _Process:
         """Whether the process still runs."""
         return self._child.poll() is None
 
-    def answers(self, request: Request, budget: Budget, silence_s: float) -> Iterator[Message]:
+    def answers(self, request: Request, budget: Budget, silence_s: float) -> Generator[Message]:
         """Messages for `request`, the last of kind `done`. Raises DecoderCrashed, DecodeTimeout."""
         self._files += 1
         started = time.monotonic()
@@ -165,8 +170,8 @@ class _Process:
         except OSError:
             raise DecoderCrashed("The decoder process was gone before it got the file.") from None
         while True:
-            heard = time.monotonic()
-            message = self._message(lambda heard=heard: min(heard + silence_s, started + budget()))
+            silent = time.monotonic() + silence_s
+            message = self._message(partial(_deadline, silent, started, budget))
             if message.kind == "done":
                 self._rss_bytes = int(message.fields.get("rss_bytes") or 0)
             yield message

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 HASH_CHUNK_BYTES = 4 * 2**20
-SEGMENTS_PER_MESSAGE = 500
+SEGMENTS_PER_MESSAGE = 200
 FIRST_PACKETS = 200
 SIDEWAYS = (90, 270)
 SAR_RANGE = (0.25, 4.0)
@@ -66,10 +66,11 @@ def readable(request: Request) -> Iterator[tuple[BinaryIO, int]]:
         descriptor = os.open(bytes.fromhex(request.path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise Unreadable(f"The file cannot be opened: {error.strerror}.") from None
+    before = os.fstat(descriptor)
+    if not stat.S_ISREG(before.st_mode):
+        os.close(descriptor)
+        raise Unsupported("It is no regular file but a folder, pipe or device.", "Name the media file itself.")
     with open(descriptor, "rb") as stream:
-        before = os.fstat(descriptor)
-        if not stat.S_ISREG(before.st_mode):
-            raise Unsupported("It is no regular file but a folder, pipe or device.", "Name the media file itself.")
         if before.st_size > request.max_bytes:
             raise TooLarge(f"The file has {before.st_size} bytes, more than {request.max_bytes} (limits.max_bytes).")
         if before.st_size == 0:
@@ -135,9 +136,7 @@ def _animated_gif(stream: BinaryIO, form: str, max_pixels: int) -> bool:
 def _picture(stream: BinaryIO, form: str, max_pixels: int) -> Facts:
     with pictures.opened(stream, form, max_pixels) as picture:
         width, height, rotation = pictures.display_size(picture)
-        media_type = picture.get_format_mimetype() or f"image/{form.lower()}"
-    media_type = "image/jpeg" if form == "JPEG" else media_type
-    return Facts("image", media_type, width=width, height=height, rotation=rotation)
+    return Facts("image", pictures.MIMES[form], width=width, height=height, rotation=rotation)
 
 
 def _document(stream: BinaryIO, request: Request, emit: Emit) -> Facts:
@@ -255,5 +254,4 @@ def _weak(container: InputContainer) -> bool:
 
 def _codec(stream: object) -> str | None:
     context = getattr(stream, "codec_context", None)
-    return context.name if context is not None else None
-
+    return context.codec.canonical_name if context is not None else None

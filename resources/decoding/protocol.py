@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO
 
 LENGTHS = struct.Struct("<II")
-MAX_HEADER_BYTES = 4 * 2**20
+MAX_HEADER_BYTES = 16 * 2**20
 MAX_PAYLOAD_BYTES = 256 * 2**20
 TRACK_CHUNK_FRAMES = 512
 PCM_CHUNK_SAMPLES = 60 * 16_000

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 import weakref
 from pathlib import PurePosixPath
 from typing import Any
 
 from resources.errors import MediaError, SourceChanged, TooLarge, Unreadable
+from resources.registry import local_path
 
-URL = re.compile(r"^([a-z][a-z0-9+.\-]+)://", re.IGNORECASE)
 COPY_BYTES = 8 * 2**20
 
 
@@ -31,15 +30,12 @@ class LocalFile:
 
 
 def localize(uri: str, max_bytes: int) -> LocalFile:
-    """The file behind a path (non-UTF-8 bytes as surrogate escapes) or fsspec URL.
+    """The file behind a path, a file:// URI (percent-encoded, see `resources.registry.uri_of`) or an fsspec URL.
 
     Raises Unreadable (missing, no permission, no such store), TooLarge beyond `max_bytes`, SourceChanged.
     """
-    scheme = URL.match(uri)
-    if scheme is None or os.path.lexists(uri):
-        return LocalFile(uri, os.path.splitext(uri)[1])
-    if scheme[1].lower() in ("file", "local"):
-        path = uri[scheme.end() :]
+    path = local_path(uri)
+    if path is not None:
         return LocalFile(path, os.path.splitext(path)[1])
     return _download(uri, max_bytes)
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
 
 CHANGE_BURST = 8.0
-CHANGE_REFILL_PER_S = 4.0
+CHANGE_REFILL_PER_S = 2.0
 ROUNDING_S = 1e-3
 PROGRESS_EVERY_S = 0.5
 MISSING_TAIL_SHARE = 0.05
@@ -133,7 +133,7 @@ class _Pass:
             if part := self._parts.get(stream.index):
                 self._guarded(part, partial(part.consume, partial(stream.codec_context.decode, None)))
 
-    def _feed(self, packet: Packet) -> None:
+    def _feed(self, packet: Packet[Any]) -> None:
         if packet.pts is not None and packet.time_base is not None:
             end_s = float((packet.pts + (packet.duration or 0)) * packet.time_base) - self._origin
             self._end_s = max(self._end_s, end_s)
@@ -189,6 +189,7 @@ class _Video:
         self._times: list[float] = []
         self._picker = _Picker(request.still_interval_s, request.still_change)
         self._repeats = pictures.Repeats()
+        self._small, self._large = _Scaler("AREA"), _Scaler("BICUBIC")
 
     def consume(self, decode: Callable[[], Sequence[Any]]) -> None:
         """Take what `decode` returns; its errors are counted, the judgement comes at the end."""
@@ -212,16 +213,14 @@ class _Video:
         if self._frames < MIN_DECODED_SHARE * self._promised_frames and self._errors:
             raise Undecodable(f"Only {self._frames} of {self._promised_frames} frames can be decoded.")
         self._send_track()
-        self._emit(
-            "facts", part=self.name, frames_decoded=self._frames, decode_errors=self._errors, end_s=self._end_s
-        )
+        self._emit("facts", part=self.name, frames_decoded=self._frames, decode_errors=self._errors, end_s=self._end_s)
 
     def _take(self, frame: VideoFrame) -> None:
         if frame.width * frame.height > self._request.max_pixels:
             raise TooLarge(f"A frame has {frame.width}x{frame.height} pixels (limits.max_pixels).")
         at_s = self._time_of(frame)
         rotation = clockwise(frame)
-        small = _array(frame, TRACK_WIDTH, TRACK_HEIGHT, rotation)
+        small = self._small.array(frame, TRACK_WIDTH, TRACK_HEIGHT, rotation)
         reason = self._picker.reason(at_s, small)
         if reason:
             self._send_still(frame, at_s, rotation, reason)
@@ -246,9 +245,10 @@ class _Video:
         width, height = upright_size(frame.width, frame.height, self._sar, rotation)
         scale = min(1.0, self._request.still_max_side / max(width, height))
         size = max(1, round(width * scale)), max(1, round(height * scale))
-        picture = Image.fromarray(_array(frame, *size, rotation))
-        still = pictures.encoded(picture, "JPEG", pictures.JPEG_STILL)
-        repeat_of = self._repeats.earlier(self._frames, picture)
+        picture = Image.fromarray(self._large.array(frame, *size, rotation))
+        reduction = pictures.reduced(picture)
+        still = pictures.encoded(picture, reduction, "JPEG", pictures.JPEG_STILL)
+        repeat_of = self._repeats.earlier(self._frames, reduction)
         fields = _still_fields(still, self._frames, frame.pts, frame.time_base, at_s, reason, repeat_of)
         self._emit("still", still.image, **fields)
 
@@ -259,15 +259,21 @@ class _Video:
             self._times = []
 
 
-def _array(frame: VideoFrame, width: int, height: int, rotation: int) -> npt.NDArray[np.uint8]:
-    """The upright frame at `width` x `height`: uint8 [height, width, 3], RGB."""
-    from av.video.reformatter import Interpolation
+class _Scaler:
+    """Upright RGB arrays from frames; keeps its conversion, which costs more to set up than to use."""
 
-    stored = (height, width) if rotation in SIDEWAYS else (width, height)
-    same = stored == (frame.width, frame.height)
-    kernel = Interpolation.FAST_BILINEAR if same else Interpolation.BILINEAR
-    pixels = frame.to_ndarray(format="rgb24", width=stored[0], height=stored[1], interpolation=kernel)
-    return np.ascontiguousarray(np.rot90(pixels, -(rotation // 90))) if rotation else pixels  # type: ignore[return-value]
+    def __init__(self, kernel: str) -> None:
+        from av.video.reformatter import Interpolation, VideoReformatter
+
+        self._kernel = Interpolation[kernel]
+        self._reformatter = VideoReformatter()
+
+    def array(self, frame: VideoFrame, width: int, height: int, rotation: int) -> npt.NDArray[np.uint8]:
+        """The frame turned clockwise by `rotation` degrees, at `width` x `height`: uint8 [height, width, 3]."""
+        stored = (height, width) if rotation in SIDEWAYS else (width, height)
+        scaled = self._reformatter.reformat(frame, *stored, "rgb24", interpolation=self._kernel, threads=1)
+        pixels: npt.NDArray[np.uint8] = scaled.to_ndarray()  # type: ignore[assignment]
+        return np.ascontiguousarray(np.rot90(pixels, -(rotation // 90))) if rotation else pixels
 
 
 class _Picker:

@@ -48,7 +48,9 @@ class SpeechDetector:
         try:
             from faster_whisper.vad import VadOptions, get_speech_timestamps
         except ImportError as error:
-            raise ModelUnavailable("Voice activity needs faster-whisper.", "Install it: pip install whisperx") from error
+            raise ModelUnavailable(
+                "Voice activity needs faster-whisper.", "Install it: pip install whisperx"
+            ) from error
         self._detect = get_speech_timestamps
         self._options = VadOptions(
             threshold=self.parameters.threshold,
@@ -63,7 +65,9 @@ class SpeechDetector:
         spans: list[Span] = []
         for start in range(0, len(pcm), BLOCK_S * SAMPLE_RATE):
             block = pcm[start : start + BLOCK_S * SAMPLE_RATE]
-            spans += [Span(start + found["start"], start + found["end"]) for found in self._detect(block, self._options)]
+            spans += [
+                Span(start + found["start"], start + found["end"]) for found in self._detect(block, self._options)
+            ]
         return spans
 
 

@@ -6,8 +6,8 @@ import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cache as memoised
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +40,7 @@ class WhisperParameters(BaseModel):
     max_no_speech: float = Field(0.6, ge=0, le=1, description="no-speech probability above which doubt rejects")
     doubtful_logprob: float = Field(-1.0, le=0, description="mean token log-probability below which text is in doubt")
     min_logprob: float = Field(-1.5, le=0, description="mean token log-probability below which text is rejected")
+    min_confidence: float = Field(0.3, ge=0, le=1, description="mean token probability below which text is rejected")
     max_compression: float = Field(2.4, gt=1, description="zlib compression ratio above which text is repetitive")
     retry_ngram: int = Field(3, ge=1, description="n-grams that may not repeat when doubtful text is decoded again")
     chunk_s: float = Field(30.0, gt=1, le=WINDOW_S, description="longest stretch given to the model, seconds")
@@ -59,12 +60,16 @@ class Stretch:
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """A word with its leading space as the model wrote it; seconds from the start of the stretch; confidence 0-1."""
+    """A word with its leading space as the model wrote it; seconds from the start of the stretch.
+
+    `confidence` is the mean probability (0-1) of its `tokens` tokens.
+    """
 
     text: str
     start_s: float
     end_s: float
     confidence: float
+    tokens: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,12 +125,12 @@ class WhisperRecogniser:
                 str(weights["model.bin"].parent),
                 device=self.device,
                 compute_type=_compute_type(spec.precision, cuda),
-                cpu_threads=len(os.sched_getaffinity(0)),
+                cpu_threads=_usable_cpus(),
                 local_files_only=True,
             )
         except (RuntimeError, ValueError, OSError) as error:
             raise ModelUnavailable(f"Model {spec.name} does not load: {error}.", "Check the weights.") from error
-        self._tokenizer = lru_cache(maxsize=None)(self._make_tokenizer)
+        self._tokenizer = memoised(self._make_tokenizer)
 
     def transcribe(self, stretches: Mapping[str, Stretch]) -> dict[str, Recognised]:
         """Words of each stretch by its key, all stretches in one batch.
@@ -145,10 +150,13 @@ class WhisperRecogniser:
         frames = [-(-len(stretches[key].samples) * FRAMES_PER_S // SAMPLE_RATE) for key in keys]
         believed = [row for row, reason in enumerate(reasons) if not reason]
         words = self._align(encoded, languages, hypotheses, frames, believed)
-        return {
-            key: Recognised(ISO_639_1.get(languages[row], languages[row]), words.get(row, ()), reasons[row])
-            for row, key in enumerate(keys)
-        }
+        return {key: self._answer(languages[row], words.get(row, ()), reasons[row]) for row, key in enumerate(keys)}
+
+    def _answer(self, language: str, words: tuple[Word, ...], reason: str) -> Recognised:
+        code = ISO_639_1.get(language, language)
+        if not reason and words and mean_confidence(words) < self.parameters.min_confidence:
+            reason = "improbable"
+        return Recognised(code, () if reason else words, reason)
 
     def _encode(self, rows: Sequence[npt.NDArray[np.int16]]) -> npt.NDArray[Any]:
         """Encoder output [rows, 1500, width] of log-mel spectrograms padded to 30 s."""
@@ -265,12 +273,18 @@ class WhisperRecogniser:
         return Tokenizer(model.hf_tokenizer, model.model.is_multilingual, task="transcribe", language=language)
 
 
+def mean_confidence(words: Sequence[Word]) -> float:
+    """Mean token probability of at least one word, 0-1."""
+    return sum(word.confidence * word.tokens for word in words) / sum(word.tokens for word in words)
+
+
 def _words(alignment: Sequence[Mapping[str, Any]], duration_s: float) -> tuple[Word, ...]:
     words = []
     for entry in alignment:
         if entry["word"].strip():
             start, end = (min(max(float(entry[edge]), 0.0), duration_s) for edge in ("start", "end"))
-            words.append(Word(entry["word"], start, max(start, end), min(1.0, float(entry["probability"]))))
+            probability = min(1.0, max(0.0, float(entry["probability"])))
+            words.append(Word(entry["word"], start, max(start, end), probability, len(entry["tokens"])))
     return tuple(words)
 
 
@@ -282,6 +296,12 @@ def _storage(rows: npt.NDArray[Any]) -> Any:
 
 def _fingerprint(samples: npt.NDArray[np.int16]) -> bytes:
     return hashlib.blake2b(np.ascontiguousarray(samples).data, digest_size=16).digest()
+
+
+def _usable_cpus() -> int:
+    # CTranslate2's own default of four threads oversubscribes small machines; not every system knows affinity.
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _compute_type(precision: str, cuda: bool) -> str:

@@ -1,0 +1,280 @@
+"""`media-assets`: the commands. Imports little; each command imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from cli.exit_codes import Exit
+
+if TYPE_CHECKING:
+    from resources.library import Library
+
+app = typer.Typer(
+    name="media-assets",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Turn media files into derived, checked, searchable assets.\n\n"
+    "Start with [bold]media-assets run FOLDER[/bold], then [bold]search[/bold], [bold]sql[/bold], [bold]status[/bold],"
+    " and [bold]dev[/bold] for the Dagster UI.",
+    epilog="Exit codes: 0 done · 2 usage · 3 items failed (run --strict) · 4 nothing found · 5 database · 6 model ·"
+    " 7 settings · 8 bad query · 130 interrupted.",
+)
+
+HomeOption = Annotated[
+    Path | None,
+    typer.Option("--home", help="Folder that holds all state.", show_default="$MEDIA_HOME, then ./var", envvar=[]),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout; progress on stderr.")]
+
+
+def _open(home: Path | None) -> Library:
+    from resources.library import Library
+
+    return Library.open(home)
+
+
+def _console() -> Console:
+    return Console(stderr=True)
+
+
+@app.command()
+def run(
+    paths: Annotated[
+        list[str] | None,
+        typer.Argument(help="Files, folders or URLs (s3://…). None: everything registered already.", show_default=False),
+    ] = None,
+    home: HomeOption = None,
+    select: Annotated[
+        str | None, typer.Option("--select", help="Only these assets, comma-separated; inputs must exist.")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit 3 when an item ended in an error.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Register media and materialize everything pending for them.
+
+    Finished items are not computed again; a run that was interrupted goes on where it was. Bad files end
+    as one outcome each, and never stop the others.
+
+    Example: [bold]media-assets run ./samples[/bold]
+    """
+    from cli.report import show_summary
+    from cli.run import Work
+
+    library = _open(home)
+    try:
+        work = Work(library, _console(), _assets(select))
+        summary = work.run(paths or [])
+        if as_json:
+            print(json.dumps(summary.json(), default=str))
+        else:
+            show_summary(library, summary)
+    finally:
+        library.close()
+    if paths and not summary.items:
+        raise typer.Exit(Exit.NOTHING_FOUND)
+    if strict and (summary.failures or summary.problems):
+        raise typer.Exit(Exit.ITEMS_FAILED)
+
+
+def _assets(select: str | None) -> list[str]:
+    if not select:
+        return []
+    from cli.run import SPANNING
+    from media_assets.schemas import PER_MEDIA
+
+    names = [name.strip() for name in select.split(",") if name.strip()]
+    known = [*PER_MEDIA, *SPANNING]
+    if unknown := [name for name in names if name not in known]:
+        raise typer.BadParameter(f"no asset {', '.join(unknown)}; there are: {', '.join(known)}", param_hint="--select")
+    return names
+
+
+@app.command()
+def dev(
+    home: HomeOption = None,
+    port: Annotated[int, typer.Option(help="Port of the Dagster UI on loopback.")] = 3000,
+) -> None:
+    """Run the Dagster UI, daemon and embedded Postgres on this machine until interrupted.
+
+    Example: [bold]media-assets dev --port 3000[/bold], then open http://127.0.0.1:3000
+    """
+    from cli.dev import serve
+
+    raise typer.Exit(serve(_open(home), port, _console()))
+
+
+@app.command()
+def status(
+    media_id: Annotated[str | None, typer.Argument(help="One media item in full.", show_default=False)] = None,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say how many items each asset has, what failed and why; or everything about one item."""
+    from cli.report import show_item, show_status
+
+    library = _open(home)
+    try:
+        found = show_item(library, media_id, as_json) if media_id else show_status(library, as_json)
+    finally:
+        library.close()
+    if not found:
+        raise typer.Exit(Exit.NOTHING_FOUND)
+
+
+@app.command()
+def retry(
+    media_ids: Annotated[list[str] | None, typer.Argument(help="Only these items.", show_default=False)] = None,
+    home: HomeOption = None,
+    asset: Annotated[list[str] | None, typer.Option("--asset", help="Only this asset; repeatable.")] = None,
+    error_class: Annotated[
+        list[str] | None, typer.Option("--error-class", help="Only this error class; repeatable.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Give failed items a fresh start; the next [bold]run[/bold] works on them."""
+    library = _open(home)
+    try:
+        count = library.outcomes.reset(media_ids or None, asset or None, error_class or None)
+    finally:
+        library.close()
+    if as_json:
+        print(json.dumps({"reset": count}))
+    else:
+        print(f"{count} failed outcomes will be tried again. Next: media-assets run")
+
+
+@app.command()
+def search(
+    text: Annotated[str, typer.Argument(help="What to look for, in words.", show_default=False)],
+    home: HomeOption = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, max=1000, help="Hits at most.")] = 10,
+    as_json: JsonOption = False,
+) -> None:
+    """Find moments by meaning and by word, across pictures, speech and on-screen text.
+
+    Example: [bold]media-assets search "an astronaut" --limit 5[/bold]
+    """
+    from cli.report import show_hits
+    from cli.searching import open_search
+
+    library = _open(home)
+    try:
+        response = open_search(library).search(text, limit)
+        show_hits(response, as_json)
+    finally:
+        library.close()
+    if not response.hits:
+        raise typer.Exit(Exit.NOTHING_FOUND)
+
+
+@app.command()
+def similar(
+    media_id: Annotated[str, typer.Argument(help="The item to compare with.", show_default=False)],
+    home: HomeOption = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, max=1000, help="Hits at most.")] = 10,
+    as_json: JsonOption = False,
+) -> None:
+    """Find media that look or sound like one item."""
+    from cli.report import show_hits
+    from cli.searching import open_search
+
+    library = _open(home)
+    try:
+        response = open_search(library).similar(media_id, limit)
+        show_hits(response, as_json)
+    finally:
+        library.close()
+    if not response.hits:
+        raise typer.Exit(Exit.NOTHING_FOUND)
+
+
+@app.command()
+def sql(
+    query: Annotated[str, typer.Argument(help="One select statement.", show_default=False)],
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Query the views: one per asset, and `outcomes`. Read-only.
+
+    Example: [bold]media-assets sql "select kind, count(*) from media group by 1"[/bold]
+    """
+    from cli.report import show_table
+    from cli.searching import open_views
+    from resources.views import query as select
+
+    library = _open(home)
+    try:
+        show_table(select(open_views(library), query), as_json)
+    finally:
+        library.close()
+
+
+@app.command()
+def evaluate(
+    golden: Annotated[
+        str | None, typer.Argument(help="Folder of the golden set.", show_default="$MEDIA_GOLDEN, then ./samples")
+    ] = None,
+    home: HomeOption = None,
+    store_baseline: Annotated[
+        bool, typer.Option("--store-baseline", help="Make these figures the baseline of the checks.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure the models against a golden set whose media have been processed.
+
+    Example: [bold]media-assets run ./samples && media-assets evaluate ./samples[/bold]
+    """
+    from cli.evaluating import evaluate_all
+    from cli.report import show_evals
+
+    library = _open(home)
+    try:
+        show_evals(evaluate_all(library, golden, store_baseline), as_json)
+    finally:
+        library.close()
+
+
+def main() -> None:
+    """Entry point: errors that have a remedy are said in one sentence, with the exit code of their family."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        _stop("Interrupted. What is finished is kept; run the same command to go on.", Exit.INTERRUPTED)
+    except Exception as error:  # noqa: BLE001 - the outermost place; unknown errors show their traceback
+        _explain(error)
+
+
+def _explain(error: Exception) -> None:
+    from pydantic import ValidationError
+
+    from resources.errors import MediaError
+
+    if isinstance(error, ValidationError):
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        _stop(f"The settings are wrong: {problems}. Mend settings.toml or the MEDIA_* variables.", Exit.SETTINGS)
+    if isinstance(error, MediaError):
+        _stop(str(error), _FAMILIES.get(error.code, Exit.INTERNAL))
+    raise error
+
+
+_FAMILIES: dict[str, Exit] = {
+    "database_unavailable": Exit.DATABASE,
+    "model_unavailable": Exit.MODEL,
+    "bad_query": Exit.QUERY,
+}
+
+
+def _stop(message: str, code: Exit) -> Any:
+    print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

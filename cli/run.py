@@ -1,0 +1,207 @@
+"""`media-assets run`: register files, materialize everything pending for them, say what was made."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from cli.instance import open_instance
+from cli.progress import Reporter
+from resources.library import Library
+from resources.registry import Problem, Upload, discover
+
+if TYPE_CHECKING:
+    from dagster import DagsterInstance
+
+    from media_assets.stage import MediaItem, Stage
+
+SPANNING = ("catalog", "index_shard", "near_duplicates")
+EVALS = ("asr", "ocr", "shots", "retrieval", "moderation", "duplicates")
+
+
+@dataclass(slots=True)
+class Summary:
+    """What one `run` found and did; `--json` prints exactly this."""
+
+    items: int = 0
+    registered: int = 0
+    problems: list[dict[str, str]] = field(default_factory=list)
+    outcomes: dict[str, dict[str, int]] = field(default_factory=dict)
+    failures: list[dict[str, Any]] = field(default_factory=list)
+    computed: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, dict[str, float]] = field(default_factory=dict)
+    seconds_total: float = 0.0
+    runs: list[str] = field(default_factory=list)
+
+    def json(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
+
+
+class Work:
+    """One invocation: the library, the console, and the Dagster instance once there is something to run."""
+
+    def __init__(self, library: Library, console: Console, select: Sequence[str] = ()) -> None:
+        self.library = library
+        self.console = console
+        self.select = frozenset(select)
+        self.summary = Summary()
+        self._instance: DagsterInstance | None = None
+        self._definitions: Any = None
+
+    def run(self, paths: Sequence[str]) -> Summary:
+        """Register `paths` and process what is pending for them (for every live item when there are none)."""
+        start = time.monotonic()
+        items = self._items(paths)
+        self.summary.items = len(items)
+        self._process(items)
+        self._rebuild()
+        self._account(items)
+        self.summary.seconds_total = round(time.monotonic() - start, 2)
+        return self.summary
+
+    # -- items ----------------------------------------------------------------------------------------
+
+    def _items(self, paths: Sequence[str]) -> list[MediaItem]:
+        from media_assets.stage import MediaItem
+
+        ids: list[str] | None = None
+        if paths:
+            self._say("looking for media files")
+            found, problems = _split(discover(paths))
+            self.summary.problems = [{"path": _shown(p.path), "reason": p.reason} for p in problems]
+            known = {row["media_id"] for row in self.library.registry.live([u.media_id for u in found])}
+            ids = self.library.registry.add(found)
+            self.summary.registered = len(set(ids) - known)
+        rows = self.library.registry.live(ids)
+        rows.sort(key=lambda row: (row["discovered_at"], row["uri"]))
+        return [MediaItem(row["media_id"], row["uri"], row["etag"]) for row in rows]
+
+    # -- processing -----------------------------------------------------------------------------------
+
+    def _process(self, items: Sequence[MediaItem]) -> None:
+        from media_assets.groups import GROUPS
+        from media_assets.partitions import MEDIA, add_partitions, explicit_batch_tags
+        from media_assets.planning import pending
+
+        stages = {group.name: self._selected(group.load(self.library.settings, self.library.models)) for group in GROUPS}
+        ids = [item.media_id for item in items]
+        registered = False
+        for group in GROUPS:
+            if not stages[group.name]:
+                continue
+            waiting = pending(items, stages[group.name], self.library.outcomes.load(ids))
+            self._say(f"{group.name}: {len(waiting)} of {len(items)} items to do")
+            if waiting and not registered:
+                add_partitions(self.instance, MEDIA, ids)
+                registered = True
+            names = [stage.name for stage in stages[group.name]]
+            size = self.library.settings.engine.batch_items
+            for first in range(0, len(waiting), size):
+                batch = waiting[first : first + size]
+                self._execute(f"process_{group.name}", group.name, explicit_batch_tags(batch), batch, names)
+
+    def _selected(self, stages: list[Stage[Any, Any]]) -> list[Stage[Any, Any]]:
+        return [stage for stage in stages if not self.select or stage.name in self.select]
+
+    def _rebuild(self) -> None:
+        from media_assets.buckets import key as bucket_key
+        from media_assets.partitions import range_tags
+
+        wanted = [name for name in SPANNING if not self.select or name in self.select]
+        if not wanted or not self._library_changed():
+            return
+        self._say("rebuilding the catalog, the index shards and the near-duplicate groups")
+        buckets = self.library.settings.index.buckets
+        self._execute("rebuild", None, range_tags(bucket_key(0), bucket_key(buckets - 1)), [], wanted)
+
+    def _library_changed(self) -> bool:
+        """Whether items came, went or changed since the library was last rebuilt."""
+        from media_assets.global_assets import library_digest, rebuilt_digest
+
+        return library_digest(self.library) != rebuilt_digest(self.library)
+
+    # -- Dagster ----------------------------------------------------------------------------------------
+
+    @property
+    def instance(self) -> DagsterInstance:
+        """The Dagster instance, opened on first use."""
+        if self._instance is None:
+            self._say("opening the Dagster instance")
+            self._instance = open_instance(self.library)
+        return self._instance
+
+    def _execute(
+        self, job: str, op: str | None, tags: dict[str, str], keys: Sequence[str], assets: Sequence[str]
+    ) -> None:
+        import dagster as dg
+
+        instance = self.instance
+        if self._definitions is None:
+            from media_assets.definitions import build
+
+            self._definitions = build(self.library)
+        self.library.reporter = Reporter(self.console)
+        result = self._definitions.resolve_job_def(job).execute_in_process(
+            instance=instance,
+            run_config={
+                **({"ops": {op: {"config": {"keys": list(keys)}}}} if op else {}),
+                "loggers": {"console": {"config": {"log_level": "CRITICAL"}}},
+            },
+            tags=tags,
+            asset_selection=[dg.AssetKey(name) for name in assets],
+            raise_on_error=True,
+        )
+        self.summary.runs.append(result.run_id)
+
+    # -- the account --------------------------------------------------------------------------------------
+
+    def _account(self, items: Sequence[MediaItem]) -> None:
+        summary = self.summary
+        uris = {item.media_id: item.uri for item in items}
+        records = self.library.outcomes.load(list(uris))
+        seconds: Counter[str] = Counter()
+        for (media_id, asset), record in sorted(records.items()):
+            by_status = summary.outcomes.setdefault(asset, {})
+            by_status[record.status] = by_status.get(record.status, 0) + 1
+            if record.run_id in summary.runs and record.claim:
+                summary.computed[asset] = summary.computed.get(asset, 0) + 1
+                seconds[asset] += record.seconds or 0.0
+            if not record.status.done and record.error_class != "upstream_failed":
+                summary.failures.append(
+                    {
+                        "media_id": media_id,
+                        "uri": uris[media_id],
+                        "asset": asset,
+                        "status": str(record.status),
+                        "error_class": record.error_class,
+                        "error": record.error,
+                    }
+                )
+        summary.seconds = {asset: round(spent, 3) for asset, spent in seconds.items()}
+
+    def _say(self, text: str) -> None:
+        self.console.print(f"[dim]{text}[/dim]", highlight=False)
+
+
+def _split(found: Any) -> tuple[list[Upload], list[Problem]]:
+    uploads: list[Upload] = []
+    problems: list[Problem] = []
+    for entry in found:
+        if isinstance(entry, Upload):
+            uploads.append(entry)
+        else:
+            problems.append(entry)
+    return uploads, problems
+
+
+def _shown(path: str) -> str:
+    from resources.errors import printable
+
+    return printable(path)

@@ -1,0 +1,100 @@
+"""The models an evaluation asks directly: the query encoder and the text moderator, as the graph uses them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from evals.golden import Golden, Item, golden_of
+from evals.result import Reader, Vectors, Verdict
+from media_assets.policy import Policy, Score, decide, load_policy
+from media_assets.taxonomy import NO_FINDING
+from resources.models.registry import ModelRegistry
+from resources.settings import Settings
+from resources.storage import DerivedStore
+
+
+class Media(Protocol):
+    """The `media` resource, as far as evaluations need it."""
+
+    @property
+    def settings(self) -> Settings:
+        """Settings of the installation."""
+        ...
+
+    @property
+    def store(self) -> DerivedStore:
+        """Derived tables."""
+        ...
+
+    @property
+    def models(self) -> ModelRegistry:
+        """Model specs and loaded models."""
+        ...
+
+    def items(self) -> list[Item]:
+        """(media ID, URI, SHA-256 where known) of every live media item."""
+        ...
+
+
+class QueryEncoder:
+    """The champion embedding's text side; loaded at the first query."""
+
+    def __init__(self, models: ModelRegistry) -> None:
+        self._models = models
+        self._spec = models.spec("embedding")
+
+    @property
+    def identity(self) -> str:
+        """Identity of the embedding model."""
+        return self._spec.identity
+
+    def encode_texts(self, texts: Sequence[str]) -> Vectors:
+        """float32 [n, d], unit length. Raises ModelUnavailable."""
+        from resources.models.openclip import OpenClip
+
+        encoder = self._models.loaded(self._spec, lambda: OpenClip(self._spec, self._models.cache))
+        return encoder.encode_texts(texts)
+
+
+class PolicyModerator:
+    """The champion toxicity model followed by the policy of the installation."""
+
+    MODALITY = "text"
+
+    def __init__(self, settings: Settings, models: ModelRegistry) -> None:
+        self._settings = settings
+        self._models = models
+        self._spec = models.spec("toxicity")
+
+    @property
+    def identity(self) -> str:
+        """Identity of the text model and version of the policy."""
+        return f"{self._spec.identity}+policy-{load_policy(self._settings.home).version}"
+
+    def judge(self, texts: Sequence[str]) -> list[Verdict]:
+        """A verdict per text, in order. Raises ModelUnavailable, PolicyError."""
+        from media_assets.moderation_scores import label_map, relabel
+        from resources.models.toxicity import load_text_scorer
+
+        policy = load_policy(self._settings.home)
+        scorer = self._models.loaded(self._spec, lambda: load_text_scorer(self._spec, self._models.cache))
+        labels = label_map(self._spec)
+        return [self._verdict(policy, relabel(classes, labels)) for classes in scorer.score(texts)]
+
+    def _verdict(self, policy: Policy, scores: Mapping[str, float]) -> Verdict:
+        identity = self._spec.identity
+        rows = [Score(label, score, 0.0, 0.0, self.MODALITY, identity, "0") for label, score in scores.items()]
+        found = [decision for decision in decide(policy, rows) if decision.label != NO_FINDING]
+        labels = frozenset(decision.label for decision in found)
+        return Verdict(labels, any(d.action != "allow" for d in found), max(scores.values(), default=0.0))
+
+
+def reader_of(media: Media) -> Reader:
+    """A reader over the installation's tables, with its models. Reads the list of media items once."""
+    return Reader(media.store, media.items(), QueryEncoder(media.models), PolicyModerator(media.settings, media.models))
+
+
+def golden_for(media: Media, folder: str | None = None) -> Golden:
+    """The golden set in `folder`, else that of the settings, else the shipped samples. Raises GoldenSetError."""
+    return Golden.load(folder) if folder else golden_of(media.settings)

@@ -1,0 +1,30 @@
+"""The rebuild of everything that spans items: near-duplicates, catalog and index shards."""
+
+from __future__ import annotations
+
+import dagster as dg
+
+from media_assets.buckets import key
+from media_assets.partitions import range_tags
+
+rebuild_job = dg.define_asset_job(
+    name="rebuild",
+    selection=dg.AssetSelection.groups("library"),
+    description="Compacts changed buckets, rebuilds and swaps their index shards, and regroups near-duplicates.",
+)
+
+
+def build_rebuild_schedule(buckets: int) -> dg.ScheduleDefinition:
+    """The schedule that rebuilds all `buckets`; unchanged ones cost a look at their manifest."""
+
+    @dg.schedule(
+        name="rebuild_every_15_minutes",
+        job=rebuild_job,
+        cron_schedule="*/15 * * * *",
+        default_status=dg.DefaultScheduleStatus.RUNNING,
+        description="Rebuilds what spans items when anything came, went or changed.",
+    )
+    def rebuild_every_15_minutes() -> dg.RunRequest:
+        return dg.RunRequest(tags=range_tags(key(0), key(buckets - 1)))
+
+    return rebuild_every_15_minutes

@@ -1,0 +1,44 @@
+"""Composition root: everything Dagster loads. Imports from everywhere; nothing imports it but the command line."""
+
+from __future__ import annotations
+
+import warnings
+
+import dagster as dg
+
+# BackfillPolicy and pools are marked beta by Dagster; the project relies on both knowingly.
+warnings.filterwarnings("ignore", category=dg.BetaWarning)
+warnings.filterwarnings("ignore", category=dg.PreviewWarning)
+
+from evals.assets import eval_assets, eval_checks  # noqa: E402
+from jobs.processing import processing_jobs  # noqa: E402
+from jobs.rebuild import build_rebuild_schedule, rebuild_job  # noqa: E402
+from media_assets.global_assets import build_global_assets  # noqa: E402
+from media_assets.groups import GROUPS, build_group  # noqa: E402
+from resources.library import Library  # noqa: E402
+
+uploads = dg.AssetSpec(
+    "uploads",
+    group_name="sources",
+    kinds={"s3", "file"},
+    description="Registered media files: the rows of the `uploads` table with state `live`.",
+)
+
+
+def build(library: Library) -> dg.Definitions:
+    """All definitions of one library; its database is opened only when a run needs it."""
+    settings, models = library.settings, library.models
+    return dg.Definitions(
+        assets=[uploads, *(build_group(group, settings, models) for group in GROUPS), *build_global_assets(settings), *eval_assets],
+        asset_checks=eval_checks,
+        jobs=[*processing_jobs, rebuild_job],
+        schedules=[build_rebuild_schedule(settings.index.buckets)],
+        resources={"media": dg.ResourceDefinition(lambda _: library)},
+        executor=dg.in_process_executor,
+    )
+
+
+@dg.definitions
+def defs() -> dg.Definitions:
+    """What Dagster's code location loads: the installation of $MEDIA_HOME (default ./var)."""
+    return build(Library.open())

@@ -1,0 +1,199 @@
+"""Assets that span items: the catalog and the index shards per bucket, and the near-duplicate groups."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import dagster as dg
+
+from media_assets import schemas
+from resources.compute import Needs, op_tags, pool
+from resources.library import Library
+from resources.outcomes import Status
+from resources.settings import Settings
+
+GROUP = "library"
+OWNERS = ["team:ml-platform"]
+RECALL = "recall"
+REBUILT = "rebuilt.digest"
+_NEEDS = Needs(cpus=2)
+
+
+def live_versions(library: Library) -> dict[str, dict[str, str]]:
+    """Version of every live, finished item, by asset and media ID."""
+    found: dict[str, dict[str, str]] = {asset: {} for asset in schemas.PER_MEDIA}
+    for row in library.outcomes.rows():
+        if row["status"] == Status.OK and row["asset"] in found:
+            found[row["asset"]][row["media_id"]] = row["version"]
+    return found
+
+
+def by_bucket(live: Mapping[str, Mapping[str, str]], count: int) -> dict[int, dict[str, dict[str, str]]]:
+    """`live_versions` split into buckets."""
+    from media_assets.buckets import bucket_of
+
+    split: dict[int, dict[str, dict[str, str]]] = {bucket: {asset: {} for asset in live} for bucket in range(count)}
+    for asset, versions in live.items():
+        for media_id, version in versions.items():
+            split[bucket_of(media_id, count)][asset][media_id] = version
+    return split
+
+
+def library_digest(library: Library) -> str:
+    """Digest of every live, finished item's versions: what the spanning assets are made from."""
+    from media_assets.catalog import content_digest
+
+    live = live_versions(library)
+    return content_digest({f"{asset}/{key}": v for asset, items in live.items() for key, v in items.items()})
+
+
+def rebuilt_digest(library: Library) -> str | None:
+    """The `library_digest` of the last complete rebuild, or None."""
+    path = library.store.root / REBUILT
+    return path.read_text() if path.exists() else None
+
+
+def build_global_assets(settings: Settings) -> list[dg.AssetsDefinition]:
+    """The bucket assets and `near_duplicates` of one installation."""
+    keys = [f"{bucket:03d}" for bucket in range(settings.index.buckets)]
+    buckets = dg.StaticPartitionsDefinition(keys)
+
+    @dg.multi_asset(
+        name="rebuild_buckets",
+        specs=[
+            dg.AssetSpec(
+                "catalog",
+                deps=list(schemas.PER_MEDIA),
+                skippable=True,
+                group_name=GROUP,
+                kinds={"parquet", "duckdb"},
+                owners=OWNERS,
+                description="Per-media tables compacted into one Parquet file per asset and bucket.",
+                partitions_def=buckets,
+            ),
+            dg.AssetSpec(
+                "index_shard",
+                deps=["embeddings"],
+                skippable=True,
+                group_name=GROUP,
+                kinds={"faiss"},
+                owners=OWNERS,
+                description="One FAISS shard per bucket and vector space, built aside, checked for recall, swapped in.",
+                partitions_def=buckets,
+            ),
+        ],
+        check_specs=[dg.AssetCheckSpec(RECALL, asset="index_shard", description="Recall@10 against exact search.")],
+        can_subset=True,
+        backfill_policy=dg.BackfillPolicy.single_run(),
+        op_tags=op_tags(GROUP, _NEEDS),
+        pool=pool(_NEEDS),
+        required_resource_keys={"media"},
+    )
+    def rebuild_buckets(context: dg.AssetExecutionContext) -> Iterator[Any]:
+        library: Library = context.resources.media
+        live = by_bucket(live_versions(library), library.settings.index.buckets)
+        chosen = [int(key) for key in context.partition_keys]
+        if dg.AssetKey("catalog") in context.selected_asset_keys:
+            yield from _catalog(library, {bucket: live[bucket] for bucket in chosen})
+        if dg.AssetKey("index_shard") in context.selected_asset_keys:
+            recalls: dict[str, float] = {}
+            yield from _index(library, {bucket: live[bucket]["embeddings"] for bucket in chosen}, recalls)
+            yield _recall_check(recalls, library.settings.index.min_recall)
+
+    @dg.asset(
+        group_name=GROUP,
+        kinds={"parquet"},
+        owners=OWNERS,
+        deps=["media", "frames", "embeddings", "audio", "index_shard"],
+        description="Groups of exact, perceptual and semantic duplicates with their evidence.",
+        required_resource_keys={"media"},
+        pool=pool(_NEEDS),
+        op_tags=op_tags(GROUP, _NEEDS),
+    )
+    def near_duplicates(context: dg.AssetExecutionContext) -> dg.MaterializeResult[Any]:
+        library: Library = context.resources.media
+        digest = library_digest(library)
+        table = find_duplicates(library)
+        library.store.write_bytes(library.store.root / REBUILT, digest.encode())
+        groups = len(set(table.column("group_id").to_pylist()))
+        methods = table.column("method").to_pylist()
+        return dg.MaterializeResult(
+            metadata={
+                "dagster/row_count": table.num_rows,
+                "groups": groups,
+                **{method: methods.count(method) for method in sorted(set(methods))},
+            }
+        )
+
+    return [rebuild_buckets, near_duplicates]
+
+
+def _catalog(
+    library: Library, live: Mapping[int, Mapping[str, Mapping[str, str]]]
+) -> Iterator[dg.AssetMaterialization]:
+    from media_assets.buckets import Buckets, key
+    from media_assets.catalog import compact
+
+    Buckets(library.store, library.settings.index.buckets)
+    for bucket, assets in live.items():
+        report = compact(library.store, bucket, assets)
+        if all(part.unchanged for part in report.assets.values()):
+            continue
+        yield dg.AssetMaterialization(
+            "catalog",
+            partition=key(bucket),
+            metadata={
+                "dagster/row_count": sum(part.rows for part in report.assets.values()),
+                "bytes": sum(part.bytes for part in report.assets.values()),
+                "items": max((part.items for part in report.assets.values()), default=0),
+                "left out": [f"{asset} of {item.media_id}: {item.reason}" for asset, item in report.skipped],
+            },
+        )
+
+
+def _index(
+    library: Library, live: Mapping[int, Mapping[str, str]], recalls: dict[str, float]
+) -> Iterator[dg.AssetMaterialization]:
+    from media_assets.buckets import Buckets, key
+    from media_assets.index_shard import build
+
+    Buckets(library.store, library.settings.index.buckets)
+    champion = library.models.spec("embedding").identity
+    for bucket, versions in live.items():
+        report = build(library.store, bucket, versions, library.settings.index.min_recall, champion)
+        for name, space in report.spaces.items():
+            recalls[f"{key(bucket)} {name}"] = space.recall
+        if not report.swapped:
+            continue
+        metadata: dict[str, Any] = {"build": report.build}
+        for name, space in report.spaces.items():
+            metadata |= {
+                f"{name} vectors": space.vectors,
+                f"{name} index": space.factory,
+                f"{name} recall@10": space.recall,
+                f"{name} model": space.model,
+                f"{name} stale items": len(space.stale_items),
+            }
+        yield dg.AssetMaterialization("index_shard", partition=key(bucket), metadata=metadata)
+
+
+def _recall_check(recalls: Mapping[str, float], floor: float) -> dg.AssetCheckEvaluation:
+    worst = min(recalls.values(), default=1.0)
+    return dg.AssetCheckEvaluation(
+        asset_key=dg.AssetKey("index_shard"),
+        check_name=RECALL,
+        passed=worst >= floor,
+        metadata={"worst recall@10": worst, "floor": floor, "shards": dict(recalls)},
+    )
+
+
+def find_duplicates(library: Library) -> Any:
+    """Find the groups over all live items and store them; returns the table."""
+    from media_assets import near_duplicates
+
+    live = live_versions(library)
+    table = near_duplicates.find_in(library.store, live, [media_id for media_id, _, _ in library.items()])
+    library.store.write("near_duplicates", "all", table)
+    return table
+
+
+

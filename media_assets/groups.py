@@ -1,0 +1,219 @@
+"""The three groups of stages, each one Dagster multi-asset: decode (CPU), analyse (GPU) and label (CPU).
+
+A group's step yields an `AssetMaterialization` per finished item and then succeeds: bad items are simply
+not materialized, so a backfill shows exactly those as failed, and its neighbours are not lost.
+"""
+
+import base64
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import dagster as dg
+
+from media_assets.engine import BatchEngine, How, Progress, Result
+from media_assets.partitions import Batch, batch_keys, media_partitions
+from media_assets.quality import EXPECTATIONS, ITEMS, expectations_check, items_check
+from media_assets.stage import MediaItem, Stage
+from media_assets.versions import code_version
+from resources.compute import Needs, device, op_tags, pool
+from resources.library import Library
+from resources.models.registry import ModelRegistry
+from resources.settings import Settings
+
+OWNERS = ["team:ml-platform", "team:trust-and-safety"]
+_LOG_EVERY_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Stages that share a step, a process and a kind of machine."""
+
+    name: str
+    stages: tuple[str, ...]
+    needs: Needs
+    backfill_items: int
+
+    def load(self, settings: Settings, models: ModelRegistry) -> list[Stage[Any, Any]]:
+        """The group's stages, ready for use, in topological order."""
+        return [_stage_class(path)(settings, models) for path in self.stages]
+
+
+# Different backfill sizes make Dagster run the groups as separate runs, each on its own machines.
+GROUPS = (
+    Group("decode", ("media:Media", "frames:Frames", "audio:Audio"), Needs(cpus=2), 100),
+    Group(
+        "analyse",
+        (
+            "shots:Shots",
+            "transcript:Transcript",
+            "ocr_text:OcrText",
+            "embeddings:Embeddings",
+            "moderation_scores:ModerationScores",
+        ),
+        Needs(cpus=2, gpus=1),
+        200,
+    ),
+    Group("label", ("moderation_labels:ModerationLabels",), Needs(cpus=1), 1000),
+)
+
+KINDS = {
+    "media": {"ffmpeg", "parquet"},
+    "frames": {"ffmpeg", "parquet"},
+    "audio": {"ffmpeg", "parquet"},
+    "shots": {"pytorch", "parquet"},
+    "transcript": {"whisperx", "parquet"},
+    "ocr_text": {"easyocr", "parquet"},
+    "embeddings": {"pytorch", "parquet"},
+    "moderation_scores": {"pytorch", "parquet"},
+    "moderation_labels": {"python", "parquet"},
+}
+
+
+def _stage_class(path: str) -> type[Stage[Any, Any]]:
+    module, name = path.split(":")
+    found: type[Stage[Any, Any]] = getattr(import_module(f"media_assets.{module}"), name)
+    return found
+
+
+def media_items(library: Library, keys: Sequence[str]) -> list[MediaItem]:
+    """The live items among `keys`, in their order."""
+    rows = {row["media_id"]: row for row in library.registry.live(keys)}
+    return [MediaItem(key, rows[key]["uri"], rows[key]["etag"]) for key in keys if key in rows]
+
+
+def build_group(group: Group, settings: Settings, models: ModelRegistry) -> dg.AssetsDefinition:
+    """The Dagster assets of one group."""
+    stages = group.load(settings, models)
+    keys = {dg.AssetKey(stage.name): stage.name for stage in stages}
+
+    @dg.multi_asset(
+        name=group.name,
+        specs=[_spec(group, stage) for stage in stages],
+        check_specs=[spec for stage in stages for spec in _check_specs(stage.name)],
+        can_subset=True,
+        partitions_def=media_partitions,
+        backfill_policy=dg.BackfillPolicy.multi_run(group.backfill_items),
+        op_tags=op_tags(group.name, group.needs),
+        pool=pool(group.needs),
+        required_resource_keys={"media"},
+    )
+    def run_group(context: dg.AssetExecutionContext, config: Batch) -> Iterator[Any]:
+        library: Library = context.resources.media
+        wanted = {keys[key] for key in context.selected_asset_keys}
+        batch = media_items(library, batch_keys(context, config))
+        selected = [stage for stage in group.load(library.settings, library.models) if stage.name in wanted]
+        for stage in selected:
+            yield from _materialize(context, library, selected, batch)
+            break
+        for check in context.selected_asset_check_keys:
+            name = keys[check.asset_key]
+            if check.name == ITEMS:
+                yield items_check(library, name, [item.media_id for item in batch])
+            elif check.name == EXPECTATIONS:
+                yield expectations_check(library, name, [item.media_id for item in batch])
+
+    return run_group
+
+
+def _materialize(
+    context: dg.AssetExecutionContext, library: Library, stages: list[Stage[Any, Any]], batch: list[MediaItem]
+) -> Iterator[dg.AssetMaterialization]:
+    engine = BatchEngine(stages, library.store, library.outcomes, library.settings, device=device(library.settings))
+    by_name = {stage.name: stage for stage in stages}
+    report = _reporter(context, library)
+    for result in engine.run(batch, context.run_id, report):
+        if result.done:
+            yield _materialization(result, by_name[result.asset], library)
+        elif result.how in (How.COMPUTED, How.HELD):
+            record = result.outcome
+            context.log.warning(
+                f"{result.asset} of {result.media_id}: {record.status} after {record.attempts} attempt(s),"
+                f" {record.error_class}: {record.error}"
+            )
+
+
+def _reporter(context: dg.AssetExecutionContext, library: Library) -> Callable[[Progress], None]:
+    group = context.op_handle.name
+    if library.reporter is not None:
+        chosen = library.reporter
+        return lambda progress: chosen(group, progress)
+    last = time.monotonic()
+
+    def log(progress: Progress) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _LOG_EVERY_S:
+            last = time.monotonic()
+            context.log.info(f"{group}: {progress.items_done} of {progress.items} items, now {progress.running}")
+
+    return log
+
+
+def _spec(group: Group, stage: Stage[Any, Any]) -> dg.AssetSpec:
+    return dg.AssetSpec(
+        stage.name,
+        deps=list(stage.inputs) or ["uploads"],
+        skippable=True,
+        group_name=group.name,
+        kinds=KINDS[stage.name],
+        owners=OWNERS,
+        description=stage.description or type(stage).__doc__,
+        code_version=code_version(stage),
+        metadata={
+            "dagster/column_schema": _columns(stage),
+            "model": ", ".join(spec.identity for spec in stage.specs()) or "none",
+            "model digest": ", ".join(spec.digest for spec in stage.specs()) or "none",
+        },
+    )
+
+
+def _columns(stage: Stage[Any, Any]) -> dg.TableSchema:
+    return dg.TableSchema(
+        columns=[
+            dg.TableColumn(field.name, str(field.type), (field.metadata or {}).get(b"doc", b"").decode())
+            for field in stage.schema
+        ]
+    )
+
+
+def _check_specs(asset: str) -> list[dg.AssetCheckSpec]:
+    return [
+        dg.AssetCheckSpec(ITEMS, asset=asset, description="Every item of the batch ended in a success."),
+        dg.AssetCheckSpec(EXPECTATIONS, asset=asset, description="Great Expectations over the batch's rows."),
+    ]
+
+
+def _materialization(result: Result, stage: Stage[Any, Any], library: Library) -> dg.AssetMaterialization:
+    record = result.outcome
+    metadata: dict[str, Any] = {
+        "status": str(record.status),
+        "how": str(result.how),
+        "dagster/row_count": record.rows or 0,
+        "seconds": record.seconds or 0.0,
+        "device": record.device or "cpu",
+        "version": record.version,
+        "path": dg.MetadataValue.path(str(library.store.path(result.asset, result.media_id))),
+        **result.facts,
+    }
+    if record.model:
+        metadata["model"] = record.model
+        metadata["model digest"] = ", ".join(spec.digest for spec in stage.specs())
+    if record.copied_from:
+        metadata["copied from"] = record.copied_from
+    if record.error:
+        metadata["note"] = record.error
+    for name, picture in result.previews.items():
+        metadata[name] = dg.MetadataValue.md(_data_uri(name, picture))
+    return dg.AssetMaterialization(
+        asset_key=result.asset,
+        partition=result.media_id,
+        metadata=metadata,
+        tags={"dagster/data_version": record.version, "dagster/code_version": code_version(stage)},
+    )
+
+
+def _data_uri(name: str, picture: bytes) -> str:
+    kind = "png" if picture.startswith(b"\x89PNG") else "jpeg"
+    return f"![{name}](data:image/{kind};base64,{base64.b64encode(picture).decode()})"

@@ -1,0 +1,355 @@
+"""`moderation_scores`: what every moderation model says about pictures and text, raw, per label and time span."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from PIL import Image
+
+from media_assets import schemas
+from media_assets.stage import Inputs, Prepared, Product, Stage, Unit
+from media_assets.taxonomy import CONCEPTS, LABELS, NEUTRAL, TEMPLATES
+from resources.errors import Failure, ModelUnavailable, NotApplicable
+from resources.models.nudity import ImageScorer, Picture, load_image_scorer
+from resources.models.registry import ModelSpec
+from resources.models.toxicity import TextScorer, load_text_scorer
+
+IMAGE_TASKS = ("nudity", "nsfw")
+TEXT_TASK = "toxicity"
+CONCEPT_TASK = "embedding"
+MAX_CHARACTERS = 1200
+CLIP_LOGIT_SCALE = 100.0
+ANY_LANGUAGE = "*"
+
+Vector = npt.NDArray[np.float32]
+Scores = dict[str, dict[str, float]]
+"""Task -> label -> score of one unit."""
+
+
+@dataclass(frozen=True, slots=True)
+class StillUnit:
+    """A still, encoded (JPEG or PNG), and its unit-normalised vector in the joint space, float32 [d], if it has one."""
+
+    image: bytes
+    vector: Vector | None
+
+
+@dataclass(frozen=True, slots=True)
+class TextUnit:
+    """A stretch of text of at most MAX_CHARACTERS."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What a group of units is about: where it came from, and the spans its scores hold for, seconds."""
+
+    modality: str
+    source: str
+    spans: tuple[tuple[float, float], ...]
+    unit_ids: tuple[str, ...]
+
+
+class ModerationScores(Stage[StillUnit | TextUnit, Scores]):
+    """Scores of pictures (NudeNet, open_nsfw, zero-shot concepts) and of text (speech, on-screen text, documents).
+
+    A still that repeats an earlier one is not scored again: the earlier one's scores hold for its span
+    too. Text is scored where the model knows the language; OCR lines carry no language and are always
+    scored. Text longer than MAX_CHARACTERS is scored in pieces and keeps the strongest score. A NudeNet
+    score of 0 says that nothing was detected above its floor of 0.25.
+    """
+
+    name = "moderation_scores"
+    inputs = ("media", "frames", "transcript", "ocr_text", "embeddings")
+    code_version = "1"
+    tasks = (*IMAGE_TASKS, TEXT_TASK, CONCEPT_TASK)
+    micro_batch = 16
+    description = "Raw moderation scores per model, label and time span, of pictures, speech and text."
+
+    def parameters(self) -> Mapping[str, object]:
+        """The concept prompts, as a digest."""
+        prompts = json.dumps([dict(CONCEPTS), NEUTRAL, TEMPLATES], sort_keys=True)
+        return {"concepts": hashlib.sha256(prompts.encode()).hexdigest()[:16], "max_characters": MAX_CHARACTERS}
+
+    def load(self) -> None:
+        """Load every model. Raises ModelUnavailable."""
+        for task in IMAGE_TASKS:
+            self._image_scorer(task)
+        self._text_scorer()
+        self._concepts()
+
+    def prepare(self, inputs: Inputs) -> Prepared[StillUnit | TextUnit]:
+        """A unit per distinct still and per piece of text. Raises NotApplicable where there is neither."""
+        subjects: list[Subject] = []
+        units: list[Unit[StillUnit | TextUnit]] = []
+        for subject, members in (*self._stills(inputs), *self._texts(inputs)):
+            subjects.append(subject)
+            units.extend(members)
+        if not units:
+            raise NotApplicable("There is no picture and no text to score.")
+        return Prepared(units, subjects)
+
+    def infer(self, units: Sequence[Unit[StillUnit | TextUnit]]) -> Mapping[str, Scores | Failure]:
+        """Scores per task and label; stills go to the image models together, texts to the text model together."""
+        answers: dict[str, Scores | Failure] = {}
+        stills = [(unit.id, unit.payload) for unit in units if isinstance(unit.payload, StillUnit)]
+        texts = [(unit.id, unit.payload.text) for unit in units if isinstance(unit.payload, TextUnit)]
+        if stills:
+            answers.update(self._score_stills(stills))
+        if texts:
+            labels = label_map(self.models.spec(TEXT_TASK))
+            found = self._text_scorer().score([text for _, text in texts])
+            answers.update(
+                (unit_id, {TEXT_TASK: relabel(scores, labels)})
+                for (unit_id, _), scores in zip(texts, found, strict=True)
+            )
+        return answers
+
+    def assemble(self, inputs: Inputs, carry: Any, outputs: Mapping[str, Scores]) -> Product:
+        """A row per subject, model, label and span."""
+        subjects: list[Subject] = carry
+        identities = {task: self.models.spec(task).identity for task in self.tasks}
+        rows: list[dict[str, object]] = []
+        for subject in subjects:
+            for (task, label), score in sorted(strongest(outputs[unit_id] for unit_id in subject.unit_ids).items()):
+                rows.extend(
+                    {
+                        "media_id": inputs.media_id,
+                        "modality": subject.modality,
+                        "start_s": start,
+                        "end_s": end,
+                        "label": label,
+                        "score": score,
+                        "source": subject.source,
+                        "model": identities[task],
+                        "version": inputs.version,
+                    }
+                    for start, end in subject.spans
+                )
+        table = schemas.table(schemas.MODERATION_SCORES, rows)
+        return Product(table, facts=_facts(inputs, subjects, rows))
+
+    def _stills(self, inputs: Inputs) -> Iterator[tuple[Subject, list[Unit[StillUnit | TextUnit]]]]:
+        if inputs.media()["kind"] not in ("image", "video"):
+            return
+        rows = inputs.table("frames", columns=["frame", "start_s", "end_s", "repeat_of", "image"]).to_pylist()
+        spans = spans_of_stills(rows)
+        vectors = _joint_vectors(inputs.table("embeddings"))
+        for row in rows:
+            frame = row["frame"]
+            if frame not in spans:
+                continue
+            unit_id = f"still:{frame}"
+            subject = Subject("image", str(frame), spans[frame], (unit_id,))
+            yield subject, [Unit(unit_id, StillUnit(row["image"], vectors.get(frame)))]
+
+    def _texts(self, inputs: Inputs) -> Iterator[tuple[Subject, list[Unit[StillUnit | TextUnit]]]]:
+        languages = self.models.spec(TEXT_TASK).parameters.get("languages", [ANY_LANGUAGE])
+        spoken = "text" if inputs.media()["kind"] == "text" else "speech"
+        for row in inputs.table("transcript").to_pylist():
+            if knows_language(languages, row["language"]):
+                yield from _text_subject(spoken, row["segment"], row)
+        for row in inputs.table("ocr_text").to_pylist():
+            yield from _text_subject("ocr", row["line"], row)
+
+    def _score_stills(self, stills: Sequence[tuple[str, StillUnit]]) -> dict[str, Scores | Failure]:
+        answers: dict[str, Scores | Failure] = {}
+        pictures: dict[str, Picture] = {}
+        for unit_id, still in stills:
+            try:
+                pictures[unit_id] = _decode(still.image)
+            except (OSError, ValueError) as error:
+                answers[unit_id] = Failure.of(error)
+        scores: dict[str, Scores] = {unit_id: {} for unit_id in pictures}
+        for task in IMAGE_TASKS if pictures else ():
+            labels = label_map(self.models.spec(task))
+            found = self._image_scorer(task).score(list(pictures.values()))
+            for unit_id, classes in zip(pictures, found, strict=True):
+                scores[unit_id][task] = relabel(classes, labels)
+        for unit_id, still in stills:
+            if unit_id in scores and still.vector is not None:
+                scores[unit_id][CONCEPT_TASK] = self._concepts().score(still.vector)
+        answers.update(scores)
+        return answers
+
+    def _image_scorer(self, task: str) -> ImageScorer:
+        spec = self.models.spec(task)
+        return self.models.loaded(spec, lambda: load_image_scorer(spec, self.models.cache))
+
+    def _text_scorer(self) -> TextScorer:
+        spec = self.models.spec(TEXT_TASK)
+        return self.models.loaded(spec, lambda: load_text_scorer(spec, self.models.cache))
+
+    def _concepts(self) -> Concepts:
+        embedding = self.models.spec(CONCEPT_TASK)
+        spec = embedding.model_copy(update={"task": "concepts"})
+        return self.models.loaded(spec, lambda: self._encode_concepts(embedding))
+
+    def _encode_concepts(self, spec: ModelSpec) -> Concepts:
+        from resources.models.openclip import OpenClip
+
+        encoder = self.models.loaded(spec, lambda: OpenClip(spec, self.models.cache))
+        return Concepts(encoder, float(spec.parameters.get("logit_scale", CLIP_LOGIT_SCALE)))
+
+
+class TextEncoder(Protocol):
+    """The text side of a joint embedding."""
+
+    def encode_texts(self, texts: list[str]) -> Vector:
+        """float32 [n, d], unit-normalised."""
+        ...
+
+
+class Concepts:
+    """Zero-shot concept scores: a softmax over the prompts of every label and the neutral ones.
+
+    `logit_scale` is the inverse temperature that belongs to the embedding (100 for CLIP's own).
+    """
+
+    def __init__(self, encoder: TextEncoder, logit_scale: float) -> None:
+        self._owners = [label for label, prompts in CONCEPTS.items() for _ in prompts]
+        prompts = [prompt for group in CONCEPTS.values() for prompt in group] + list(NEUTRAL)
+        summed = np.sum([encoder.encode_texts([t.format(p) for p in prompts]) for t in TEMPLATES], axis=0)
+        self._vectors: Vector = summed / np.linalg.norm(summed, axis=1, keepdims=True)
+        self._scale = logit_scale
+
+    def score(self, vector: Vector) -> dict[str, float]:
+        """Label -> probability that the picture shows it, of a unit-normalised float32 [d]."""
+        logits = self._scale * (self._vectors @ vector).astype(np.float64)
+        weights = np.exp(logits - logits.max())
+        weights /= weights.sum()
+        scores = dict.fromkeys(CONCEPTS, 0.0)
+        for label, weight in zip(self._owners, weights, strict=False):
+            scores[label] += float(weight)
+        return {label: min(score, 1.0) for label, score in scores.items()}
+
+
+def label_map(spec: ModelSpec) -> Mapping[str, str]:
+    """Model class -> taxonomy label, as models.toml maps them. Raises ModelUnavailable on a foreign label."""
+    labels: Mapping[str, str] = spec.parameters.get("labels", {})
+    if unknown := sorted(set(labels.values()) - LABELS.keys()):
+        raise ModelUnavailable(
+            f"Model {spec.name} ({spec.task}) maps to unknown labels {', '.join(unknown)}.",
+            f"Use labels of the taxonomy: {', '.join(LABELS)}.",
+        )
+    return labels
+
+
+def relabel(classes: Mapping[str, float], labels: Mapping[str, str]) -> dict[str, float]:
+    """Class scores as label scores, the strongest of its classes each. Raises ModelUnavailable on a class without."""
+    if missing := sorted(labels.keys() - classes.keys()):
+        raise ModelUnavailable(
+            f"The model has no class {', '.join(missing)}; it has {', '.join(sorted(classes))}.",
+            "Correct `labels` of its entry in models.toml.",
+        )
+    scores: dict[str, float] = {}
+    for name, label in labels.items():
+        scores[label] = max(scores.get(label, 0.0), min(max(classes[name], 0.0), 1.0))
+    return scores
+
+
+def strongest(pieces: Iterator[Scores]) -> dict[tuple[str, str], float]:
+    """(task, label) -> the strongest score of several units."""
+    best: dict[tuple[str, str], float] = {}
+    for piece in pieces:
+        for task, labels in piece.items():
+            for label, score in labels.items():
+                best[task, label] = max(best.get((task, label), 0.0), score)
+    return best
+
+
+def spans_of_stills(rows: Sequence[Mapping[str, Any]]) -> dict[int, tuple[tuple[float, float], ...]]:
+    """Spans in seconds that each distinct still stands for: its own and its repeats', touching ones merged.
+
+    `rows` are of `frames`; a repeat of a repeat belongs to the first.
+    """
+    origin: dict[int, int] = {}
+    grouped: dict[int, list[tuple[float, float]]] = {}
+    for row in sorted(rows, key=lambda r: r["frame"]):
+        earlier = row["repeat_of"]
+        first = origin.get(earlier, row["frame"]) if earlier is not None else row["frame"]
+        origin[row["frame"]] = first
+        grouped.setdefault(first, []).append((row["start_s"], row["end_s"]))
+    return {frame: _merge_touching(spans) for frame, spans in grouped.items()}
+
+
+def _merge_touching(spans: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+    merged: list[tuple[float, float]] = []
+    for start, end in sorted(spans):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
+        else:
+            merged.append((start, end))
+    return tuple(merged)
+
+
+def pieces_of_text(text: str, limit: int = MAX_CHARACTERS) -> list[str]:
+    """`text` in pieces of at most `limit` characters, broken at white space where there is some; [] if blank."""
+    pieces: list[str] = []
+    rest = text.strip()
+    while len(rest) > limit:
+        cut = max(rest.rfind(space, 0, limit + 1) for space in " \n\t")
+        cut = cut if cut > 0 else limit
+        pieces.append(rest[:cut].rstrip())
+        rest = rest[cut:].lstrip()
+    return [*pieces, rest] if rest else pieces
+
+
+def knows_language(languages: Sequence[str], language: str) -> bool:
+    """Whether a model for `languages` reads `language` (ISO 639-1); an undetermined one is given the benefit."""
+    return ANY_LANGUAGE in languages or language in languages or language in ("", "und")
+
+
+def _text_subject(
+    modality: str, ordinal: int, row: Mapping[str, Any]
+) -> Iterator[tuple[Subject, list[Unit[StillUnit | TextUnit]]]]:
+    pieces = pieces_of_text(row["text"])
+    units: list[Unit[StillUnit | TextUnit]] = [
+        Unit(f"{modality}:{ordinal}:{number}", TextUnit(piece)) for number, piece in enumerate(pieces)
+    ]
+    if units:
+        span = (row["start_s"], row["end_s"])
+        yield Subject(modality, str(ordinal), (span,), tuple(unit.id for unit in units)), units
+
+
+def _joint_vectors(embeddings: pa.Table) -> dict[int, Vector]:
+    columns = embeddings.select(["unit", "ordinal", "space", "vector"]).to_pylist()
+    return {
+        row["ordinal"]: np.asarray(row["vector"], np.float32)
+        for row in columns
+        if row["space"] == "joint" and row["unit"] in ("image", "frame")
+    }
+
+
+def _decode(image: bytes) -> Picture:
+    with Image.open(io.BytesIO(image)) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+def _facts(
+    inputs: Inputs, subjects: Sequence[Subject], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, int | float | str]:
+    stills = sum(subject.modality == "image" for subject in subjects)
+    facts: dict[str, int | float | str] = {"stills": stills, "texts": len(subjects) - stills}
+    if inputs.media()["kind"] in ("image", "video"):
+        facts["stills_spared"] = inputs.table("frames", columns=["frame"]).num_rows - stills
+    said = sum(subject.modality in ("speech", "text") for subject in subjects)
+    facts["texts_in_other_languages"] = sum(bool(t.strip()) for t in _texts_of(inputs)) - said
+    if rows:
+        top = max(rows, key=lambda row: row["score"])
+        facts["strongest"] = f"{top['label']} {top['score']:.2f}"
+    return facts
+
+
+def _texts_of(inputs: Inputs) -> list[str]:
+    texts: list[str] = inputs.table("transcript").column("text").to_pylist()
+    return texts

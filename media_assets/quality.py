@@ -1,0 +1,105 @@
+"""Asset checks of a batch: how its items ended, and what Great Expectations says of their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import dagster as dg
+import pyarrow as pa
+
+from resources.errors import printable
+from resources.library import Library
+from resources.outcomes import Status
+
+ITEMS = "items"
+EXPECTATIONS = "expectations"
+_WORST = 20
+_BULK = {"image", "flac", "rgb"}  # bytes no expectation looks at
+
+
+def items_check(library: Library, asset: str, media_ids: Sequence[str]) -> dg.AssetCheckEvaluation:
+    """Passed when every item (of the library, when none are given) ended `ok` or `not_applicable`."""
+    ids = list(media_ids) or [row["media_id"] for row in library.registry.live()]
+    records = library.outcomes.load(ids, [asset])
+    failed = [record for record in records.values() if not record.status.done]
+    rows = [
+        dg.TableRecord(
+            {
+                "media_id": record.media_id,
+                "status": str(record.status),
+                "attempts": record.attempts,
+                "error_class": record.error_class or "",
+                "error": printable(record.error or "", 200),
+            }
+        )
+        for record in failed[:_WORST]
+    ]
+    return dg.AssetCheckEvaluation(
+        asset_key=dg.AssetKey(asset),
+        check_name=ITEMS,
+        passed=not failed,
+        severity=dg.AssetCheckSeverity.WARN,
+        description=f"{len(failed)} of {len(records)} items have no {asset}." if failed else None,
+        metadata={
+            "items": len(records),
+            "failed": len(failed),
+            "not applicable": sum(record.status is Status.NOT_APPLICABLE for record in records.values()),
+            **({"failed items": dg.MetadataValue.table(rows)} if rows else {}),
+        },
+    )
+
+
+def batch_table(library: Library, asset: str, media_ids: Sequence[str]) -> pa.Table:
+    """Rows of all finished items among `media_ids` (all live ones when empty), without bulk columns."""
+    from media_assets.schemas import PER_MEDIA
+
+    ids = list(media_ids) or [row["media_id"] for row in library.registry.live()]
+    records = library.outcomes.load(ids, [asset])
+    schema = PER_MEDIA[asset]
+    columns = [name for name in schema.names if name not in _BULK]
+    tables = [
+        library.store.read(asset, key, columns=columns)
+        for (key, _), record in sorted(records.items())
+        if record.status is Status.OK
+    ]
+    empty = schema.empty_table().select(columns)
+    return pa.concat_tables([empty, *tables])
+
+
+def expectations_check(library: Library, asset: str, media_ids: Sequence[str]) -> dg.AssetCheckEvaluation:
+    """Great Expectations over the rows of the batch: counts, and the worst rows of what failed."""
+    from media_assets.expectations import validate
+
+    table = batch_table(library, asset, media_ids)
+    report = validate(asset, table, batch_table(library, "media", media_ids))
+    worst = [
+        dg.TableRecord(
+            {
+                "expectation": entry.name,
+                "column": entry.column,
+                "media_id": row.media_id,
+                "row": row.row,
+                "value": printable(row.value, 100),
+            }
+        )
+        for entry in report.failures
+        for row in entry.worst
+    ]
+    metadata: dict[str, Any] = {
+        "rows": report.rows,
+        "items": report.items,
+        "expectations": len(report.expectations),
+        "broken rows": {f"{entry.name} {entry.column}".strip(): entry.unexpected for entry in report.failures},
+        **report.figures,
+    }
+    if worst:
+        metadata["worst rows"] = dg.MetadataValue.table(worst[:_WORST])
+    return dg.AssetCheckEvaluation(
+        asset_key=dg.AssetKey(asset),
+        check_name=EXPECTATIONS,
+        passed=report.passed,
+        severity=dg.AssetCheckSeverity.WARN,
+        description=report.summary,
+        metadata=metadata,
+    )

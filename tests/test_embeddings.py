@@ -1,0 +1,248 @@
+"""Pictures and texts meet in one space: real pictures are found by text, repeats cost nothing, copies stay close."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from media_assets import schemas
+from media_assets.embeddings import Embeddings, Still
+from media_assets.stage import Inputs, MediaItem, Unit
+from resources.errors import Failure, ModelUnavailable
+from resources.models.openclip import OpenClip
+from resources.models.openclip_offline import CHECKPOINT, DIGESTS, offline_checkpoint
+from resources.models.registry import ModelRegistry
+from resources.models.weights import locate
+from resources.settings import Settings
+from resources.storage import DerivedStore
+
+QUERIES = {
+    "astronaut": "a photo of an astronaut in a space suit",
+    "coffee": "a cup of espresso",
+    "chelsea": "a photo of a tabby cat",
+    "rocket": "a rocket or missile on its launch pad",
+}
+ROUNDING = 1e-5
+
+
+def _picture(name: str) -> Image.Image:
+    from skimage import data
+
+    return Image.fromarray(getattr(data, name)()).convert("RGB")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> ModelRegistry:
+    return ModelRegistry(Settings(home=tmp_path_factory.mktemp("home")))
+
+
+@pytest.fixture(scope="module")
+def model(models: ModelRegistry) -> OpenClip:
+    spec = models.spec("embedding")
+    return models.loaded(spec, lambda: OpenClip(spec, models.cache))
+
+
+@pytest.fixture
+def stage(models: ModelRegistry, model: OpenClip) -> Embeddings:
+    return Embeddings(models.settings, models)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> DerivedStore:
+    return DerivedStore(tmp_path / "derived")
+
+
+def _jpeg(picture: Image.Image) -> bytes:
+    sink = io.BytesIO()
+    picture.save(sink, "JPEG", quality=92)
+    return sink.getvalue()
+
+
+def _still(frame: int, image: bytes, repeat_of: int | None = None, end_s: float | None = None) -> dict[str, object]:
+    return {
+        "frame": frame,
+        "start_s": frame / 10,
+        "end_s": frame / 10 + 1.0 if end_s is None else end_s,
+        "width": 1,
+        "height": 1,
+        "reason": "interval",
+        "phash": bytes(8),
+        "repeat_of": repeat_of,
+        "image": image,
+    }
+
+
+def _shot(shot: int, start: int, end: int) -> dict[str, object]:
+    span = {"start_frame": start, "end_frame": end, "start_s": start / 10, "end_s": (end + 1) / 10}
+    transition = {"transition": "cut", "transition_start_frame": start, "transition_end_frame": start}
+    return {"shot": shot, **span, **transition, "confidence": 1.0, "model": "m"}
+
+
+def _segment(segment: int, text: str) -> dict[str, object]:
+    span = {"start_s": float(segment), "end_s": segment + 1.0}
+    rest = {"language": "en", "confidence": 1.0, "words": [], "timing": "none", "model": "m"}
+    return {"segment": segment, "text": text, **span, **rest}
+
+
+def _line(line: int, text: str) -> dict[str, object]:
+    corners = [{"x": 0.0, "y": 0.0}] * 4
+    rest = {"confidence": 1.0, "polygon": corners, "frame": 0, "frames_seen": 1, "model": "m"}
+    return {"line": line, "start_s": 0.0, "end_s": 1.0, "text": text, **rest}
+
+
+def _inputs(store: DerivedStore, media_id: str, kind: str, **upstream: Sequence[dict[str, object]]) -> Inputs:
+    """The upstream tables of one item; what is not given is empty, as for an asset that does not apply."""
+    media = {"uri": "u", "sha256": "0", "kind": kind, "mime": "x/y", "bytes": 1, "has_audio": False}
+    given = {"media": [media], "frames": [], "shots": [], "transcript": [], "ocr_text": [], **upstream}
+    for asset, rows in given.items():
+        full = [{"media_id": media_id, "version": "v", **row} for row in rows]
+        store.write(asset, media_id, schemas.table(schemas.PER_MEDIA[asset], full))
+    return Inputs(MediaItem(media_id, "u", "e"), store, "v1")
+
+
+def _run(stage: Embeddings, inputs: Inputs) -> tuple[pa.Table, dict[str, object]]:
+    prepared = stage.prepare(inputs)
+    outputs = stage.infer(prepared.units) if prepared.units else {}
+    product = stage.assemble(inputs, prepared.carry, outputs)
+    return product.table, dict(product.facts)
+
+
+def _vectors(table: pa.Table, unit: str, space: str = "joint") -> dict[int, np.ndarray]:
+    rows = table.to_pylist()
+    return {r["ordinal"]: np.array(r["vector"]) for r in rows if (r["unit"], r["space"]) == (unit, space)}
+
+
+def test_photographs_are_found_by_text(model: OpenClip) -> None:
+    names = list(QUERIES)
+    pictures = model.encode_images([_picture(name) for name in names])
+    scores = model.encode_texts(list(QUERIES.values())) @ pictures.T
+    assert [names[at] for at in scores.argmax(axis=1)] == names
+
+
+def test_copies_are_closer_in_visual_space_than_other_pictures(model: OpenClip) -> None:
+    originals = [_picture(name) for name in QUERIES]
+    copies = [
+        p.resize((p.width // 2, p.height // 2)).crop((8, 8, p.width // 2 - 8, p.height // 2 - 8)) for p in originals
+    ]
+    likeness = model.encode_visual(originals) @ model.encode_visual(copies).T
+    assert (likeness.argmax(axis=1) == np.arange(len(originals))).all()
+    assert likeness.diagonal().min() > 0.9 > (likeness - np.eye(len(originals))).max()
+
+
+def test_vectors_do_not_depend_on_the_batch(model: OpenClip) -> None:
+    pictures = [_picture(name) for name in QUERIES]
+    texts = [*QUERIES.values(), "word " * 300, ""]
+    together, texts_together = model.embed_images(pictures), model.encode_texts(texts)
+    for at, picture in enumerate(pictures):
+        joint, visual = model.embed_images([np.asarray(picture)])
+        assert joint[0] == pytest.approx(together[0][at], abs=ROUNDING)
+        assert visual[0] == pytest.approx(together[1][at], abs=ROUNDING)
+    for at, text in enumerate(texts):
+        assert model.encode_texts([text])[0] == pytest.approx(texts_together[at], abs=ROUNDING)
+    for vectors in (*together, texts_together):
+        assert vectors.dtype == np.float32
+        assert np.linalg.norm(vectors, axis=1) == pytest.approx(1.0, abs=ROUNDING)
+
+
+def test_long_text_is_split_without_losing_its_end(model: OpenClip) -> None:
+    text = "an orange cat sleeps " * 60 + "a rocket on its launch pad " * 60
+    pieces = model.pieces(text)
+    assert len(pieces) > 2
+    assert " ".join(pieces).split() == text.split()
+    assert "".join(model.pieces("你好" * 400)).replace(" ", "") == "你好" * 400
+    start, end, whole = model.encode_texts([pieces[0], pieces[-1], text])
+    assert whole @ end > start @ end
+
+
+def test_a_photo_gives_one_vector_in_each_space(stage: Embeddings, store: DerivedStore) -> None:
+    still = {**_still(0, _jpeg(_picture("coffee")), end_s=0.0), "reason": "image"}
+    table, facts = _run(stage, _inputs(store, "photo", "image", frames=[still]))
+    assert table.schema == schemas.EMBEDDINGS
+    rows = table.to_pylist()
+    assert [(r["unit"], r["space"], r["start_s"], r["end_s"]) for r in rows] == [
+        ("image", "joint", 0.0, 0.0),
+        ("image", "visual", 0.0, 0.0),
+    ]
+    assert {r["model"] for r in rows} == {stage.spec.identity}
+    assert facts["image_vectors"] == 1
+
+
+def test_repeated_stills_and_texts_are_spared_and_their_spans_kept(stage: Embeddings, store: DerivedStore) -> None:
+    coffee, rocket = _jpeg(_picture("coffee")), _jpeg(_picture("rocket"))
+    stills = [_still(0, coffee), _still(10, coffee, 0), _still(20, rocket), _still(30, coffee, 10)]
+    lines = [_line(0, "SALE"), _line(1, "SALE "), _line(2, "  ")]
+    shots = [_shot(0, 0, 19), _shot(1, 20, 22), _shot(2, 23, 26), _shot(3, 27, 39)]
+    inputs = _inputs(
+        store, "clip", "video", frames=stills, shots=shots, ocr_text=lines, transcript=[_segment(0, "hello")]
+    )
+    assert sorted(unit.id for unit in stage.prepare(inputs).units) == ["still:0", "still:20", "text:0", "text:1"]
+    table, facts = _run(stage, inputs)
+    rows = [r for r in table.to_pylist() if r["unit"] == "frame"]
+    assert [(r["ordinal"], r["start_s"], r["end_s"]) for r in rows] == [(0, 0.0, 2.0), (20, 2.0, 3.0), (30, 3.0, 4.0)]
+    assert facts["repeated_stills_spared"] == 2
+    assert facts["repeated_texts_spared"] == 1
+    frames, joint, visual = _vectors(table, "frame"), _vectors(table, "shot"), _vectors(table, "shot", "visual")
+    assert (frames[0] == frames[30]).all()
+    assert sorted(joint) == sorted(visual) == [0, 1, 2, 3]
+    assert joint[0] == pytest.approx(frames[0], abs=ROUNDING)
+    # a shot too short for a still of its own shows what the still before it shows
+    assert joint[2] == pytest.approx(frames[20], abs=ROUNDING)
+    assert sorted(_vectors(table, "ocr_text")) == [0, 1]
+    assert sorted(_vectors(table, "transcript")) == [0]
+
+
+def test_a_shot_is_the_mean_direction_of_its_stills(stage: Embeddings, store: DerivedStore) -> None:
+    stills = [_still(0, _jpeg(_picture("coffee"))), _still(10, _jpeg(_picture("rocket")))]
+    table, _ = _run(stage, _inputs(store, "mix", "video", frames=stills, shots=[_shot(0, 0, 19)]))
+    frames, (shot,) = _vectors(table, "frame"), _vectors(table, "shot").values()
+    assert np.linalg.norm(shot) == pytest.approx(1.0, abs=ROUNDING)
+    assert shot @ frames[0] == pytest.approx(shot @ frames[10], abs=ROUNDING)
+
+
+@pytest.mark.parametrize("kind", ["audio", "text"])
+def test_what_has_no_picture_gives_text_vectors_or_none(stage: Embeddings, store: DerivedStore, kind: str) -> None:
+    spoken, _ = _run(stage, _inputs(store, "spoken", kind, transcript=[_segment(0, "a dog barks")]))
+    assert [(r["unit"], r["space"]) for r in spoken.to_pylist()] == [("transcript", "joint")]
+    silent, _ = _run(stage, _inputs(store, "silent", kind))
+    assert silent.num_rows == 0
+
+
+def test_an_unreadable_still_fails_alone(stage: Embeddings) -> None:
+    units = [Unit("good", Still(_jpeg(_picture("coffee")))), Unit("bad", Still(b"no picture")), Unit("text", "a cup")]
+    answers = stage.infer(units)
+    assert answers.keys() == {"good", "bad", "text"}
+    assert [unit for unit, answer in answers.items() if isinstance(answer, Failure)] == ["bad"]
+
+
+def test_processes_that_race_share_one_checkpoint_and_damage_is_noticed(
+    models: ModelRegistry, model: OpenClip, tmp_path: Path
+) -> None:
+    spec = models.spec("embedding")
+    weights = locate(spec, models.cache)
+    with ThreadPoolExecutor(2) as pool:
+        folders = {job.result() for job in [pool.submit(offline_checkpoint, weights, spec, models.cache)] * 2}
+    (folder,) = folders
+    assert (folder / CHECKPOINT).name in json.loads((folder / DIGESTS).read_text())
+    assert not [path for path in models.cache.iterdir() if path.is_dir() and path.name.startswith(".")]
+    copy = tmp_path / folder.name
+    copy.mkdir()
+    for path in folder.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    (copy / "vocab.txt").write_text("changed")
+    with pytest.raises(ModelUnavailable, match=r"vocab\.txt .* damaged"):
+        offline_checkpoint(weights, spec, tmp_path)
+
+
+def test_another_recipe_is_refused(models: ModelRegistry) -> None:
+    spec = models.spec("embedding")
+    changed = spec.model_copy(update={"parameters": {**spec.parameters, "recipe": "0"}})
+    with pytest.raises(ModelUnavailable, match="recipe"):
+        OpenClip(changed, models.cache)

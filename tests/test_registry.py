@@ -1,0 +1,99 @@
+"""Media IDs, discovery of files whatever they are called, and the registry."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from resources.database import Database
+from resources.registry import Problem, Registry, Upload, discover, local_path, media_id, uri_of
+
+
+def uploads(*paths: Path) -> list[Upload]:
+    """What discovery finds, problems left out."""
+    return [found for found in discover(paths) if isinstance(found, Upload)]
+
+
+@given(st.text(min_size=1).filter(lambda text: text.isprintable()), st.text(max_size=20))
+def test_media_ids_are_safe_whatever_the_name(uri: str, etag: str) -> None:
+    """Given any URI and etag, then the ID has only [a-z0-9-], a bounded length and is stable."""
+    made = media_id(uri, etag)
+    assert re.fullmatch(r"[a-z0-9][a-z0-9-]*-[0-9a-f]{12}", made)
+    assert len(made) <= 53
+    assert made == media_id(uri, etag)
+
+
+@given(st.binary(min_size=1, max_size=60).filter(lambda name: b"/" not in name and b"\0" not in name))
+def test_a_uri_leads_back_to_the_same_bytes(name: bytes) -> None:
+    """Given any file name a Linux file system takes, then its URI is valid text and names the same path."""
+    path = b"/media/" + name
+    uri = uri_of(os.fsdecode(path))
+    uri.encode()
+    found = local_path(uri)
+    assert found is not None
+    assert os.fsencode(found) == os.path.abspath(path)
+
+
+def test_odd_names_are_found_once_each(tmp_path: Path) -> None:
+    """Given names with newlines, quotes, wrong encodings and other scripts, then each is found with its own ID."""
+    names = [b"plain.mp4", b"a\nnewline.mp4", b"caf\xe9.mp4", "日本語 名前.mp4".encode(), b"quo'te\".mp4", b"-rf.mp4"]
+    for name in names:
+        (Path(os.fsdecode(bytes(tmp_path) + b"/" + name))).write_bytes(b"x")
+    (tmp_path / ".hidden").write_bytes(b"x")
+    found = uploads(tmp_path)
+    assert {os.fsencode(local_path(upload.uri) or "").rsplit(b"/", 1)[-1] for upload in found} == set(names)
+    assert len({upload.media_id for upload in found}) == len(names)
+
+
+def test_loops_and_missing_folders_do_not_stop_discovery(tmp_path: Path) -> None:
+    """Given a symlink loop, a dangling link and a folder that is gone, then the good file is found and they are told."""
+    (tmp_path / "good.txt").write_text("hello")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    os.mkfifo(tmp_path / "pipe")
+    found = list(discover([tmp_path, tmp_path / "gone"]))
+    assert [Path(upload.uri).name for upload in found if isinstance(upload, Upload)] == ["good.txt"]
+    problems = {Path(problem.path).name: problem.reason for problem in found if isinstance(problem, Problem)}
+    assert set(problems) == {"dangling", "gone", "pipe"}
+    assert problems["gone"] == "No such file or directory"
+
+
+def test_remote_folders_are_listed_through_fsspec() -> None:
+    """Given files on another file system, then they are found under their URLs; a bucket that is gone is a problem."""
+    import fsspec
+
+    system = fsspec.filesystem("memory")
+    system.pipe("/bucket/a clip.mp4", b"12345")
+    (found,) = list(discover(["memory://bucket"]))
+    assert isinstance(found, Upload)
+    assert (found.uri, found.bytes, found.source) == ("memory://bucket/a clip.mp4", 5, "memory")
+    (problem,) = list(discover(["nosuchscheme://bucket"]))
+    assert isinstance(problem, Problem)
+
+
+def test_a_changed_file_supersedes_its_old_version(database: Database, tmp_path: Path) -> None:
+    """Given a registered file, when it changes, then it has a new ID and the old one is no longer live."""
+    registry = Registry(database)
+    file = tmp_path / "a.txt"
+    file.write_text("one")
+    (first,) = registry.add(uploads(tmp_path))
+    assert registry.add(uploads(tmp_path)) == [first]
+    file.write_text("another")
+    (second,) = registry.add(uploads(tmp_path))
+    assert second != first
+    assert [row["media_id"] for row in registry.live()] == [second]
+
+
+@pytest.mark.parametrize("count", [0, 1, 12_000])
+def test_adding_many_at_once(database: Database, count: int) -> None:
+    """Given more uploads than one statement takes, then all are registered once."""
+    registry = Registry(database)
+    found = [Upload(f"s3://bucket/{n}.mp4", "e", n, None, "s3") for n in range(count)]
+    assert len(registry.add(found)) == count
+    registry.add(found[: count // 2])
+    assert len(registry.live()) == count
