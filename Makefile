@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do command -v $$p >/dev/null && \
 	$$p -c 'import sys; sys.exit(not (3,11) <= sys.version_info < (3,14))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
-MEDIA ?= samples
+MEDIA ?= samples/media
 MEDIA_HOME ?= var
 export MEDIA_HOME
 

@@ -25,7 +25,8 @@ def serve(library: Library, port: int, console: Console) -> int:
         return Exit.USAGE
     console.print("starting Postgres", style="dim")
     prepare_environment(library)
-    command = [sys.executable, "-m", "dagster", "dev", "-h", HOST, "-p", str(port), "-w", str(PROJECT / "workspace.yaml")]
+    workspace = str(PROJECT / "workspace.yaml")
+    command = [sys.executable, "-m", "dagster", "dev", "-h", HOST, "-p", str(port), "-w", workspace]
     console.print(f"Dagster UI: http://{HOST}:{port} (ready when it says so below; Ctrl-C stops everything)")
     child = subprocess.Popen(command, env=os.environ, start_new_session=True)
     for name in (signal.SIGINT, signal.SIGTERM):

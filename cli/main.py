@@ -48,7 +48,7 @@ def _console() -> Console:
 def run(
     paths: Annotated[
         list[str] | None,
-        typer.Argument(help="Files, folders or URLs (s3://…). None: everything registered already.", show_default=False),
+        typer.Argument(help="Files, folders or URLs (s3://…); none: all that is registered.", show_default=False),
     ] = None,
     home: HomeOption = None,
     select: Annotated[
@@ -236,7 +236,7 @@ def evaluate(
 
     library = _open(home)
     try:
-        show_evals(evaluate_all(library, golden, store_baseline), as_json)
+        show_evals(evaluate_all(library, golden, store_baseline, _console()), as_json)
     finally:
         library.close()
 

@@ -52,7 +52,7 @@ def show_summary(library: Library, summary: Summary) -> None:
     _out.print("\n[bold]Next[/bold]")
     for command, what in (
         (f'search "a bird in a tree"{home}', "find moments by meaning or word"),
-        (f'sql "select media_id, label, action from moderation_labels"{home}', "query every table"),
+        (f'sql "from moderation_labels"{home}', "query every table"),
         (f"status{home}", "what is done, what failed, and why"),
         (f"dev{home}", "lineage, backfills and checks in the Dagster UI"),
     ):
@@ -213,3 +213,18 @@ def _plain(value: object) -> object:
     import base64
 
     return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
+
+
+def show_evals(evals: Sequence[dict[str, Any]], as_json: bool) -> None:
+    """Figures of every evaluation."""
+    if as_json:
+        print(json.dumps(list(evals), default=str))
+        return
+    for entry in evals:
+        table = Table(title=f"{entry['eval']}: {_shown(entry['model'])}", title_justify="left")
+        table.add_column("figure")
+        table.add_column("value", justify="right")
+        for name, value in entry["figures"].items():
+            table.add_row(_shown(name), "–" if value is None else f"{value:.4g}")
+        _out.print(table)
+        _out.print(f"{'passed' if entry['passed'] else 'NOT passed'} {_shown(entry['baseline'], 400)}\n")

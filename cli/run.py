@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -90,7 +89,8 @@ class Work:
         from media_assets.partitions import MEDIA, add_partitions, explicit_batch_tags
         from media_assets.planning import pending
 
-        stages = {group.name: self._selected(group.load(self.library.settings, self.library.models)) for group in GROUPS}
+        settings, models = self.library.settings, self.library.models
+        stages = {group.name: self._selected(group.load(settings, models)) for group in GROUPS}
         ids = [item.media_id for item in items]
         registered = False
         for group in GROUPS:
@@ -166,13 +166,13 @@ class Work:
         summary = self.summary
         uris = {item.media_id: item.uri for item in items}
         records = self.library.outcomes.load(list(uris))
-        seconds: Counter[str] = Counter()
+        seconds: dict[str, float] = {}
         for (media_id, asset), record in sorted(records.items()):
             by_status = summary.outcomes.setdefault(asset, {})
             by_status[record.status] = by_status.get(record.status, 0) + 1
             if record.run_id in summary.runs and record.claim:
                 summary.computed[asset] = summary.computed.get(asset, 0) + 1
-                seconds[asset] += record.seconds or 0.0
+                seconds[asset] = seconds.get(asset, 0.0) + (record.seconds or 0.0)
             if not record.status.done and record.error_class != "upstream_failed":
                 summary.failures.append(
                     {

@@ -17,6 +17,9 @@ RECALL_TOLERANCE = 0.05
 SPAN_SLACK_S = 1.0
 """How far the recognised span may lie from the true one, seconds: stills are taken about once a second."""
 
+SCREEN = "screen"
+"""The slice of on-screen text in videos."""
+
 ROWS = pa.schema(
     [
         ("file", pa.string()),
@@ -51,14 +54,14 @@ def evaluate_ocr(golden: Golden, tables: Reader) -> EvalResult:
             _screen_row(item, text, line, texts[item.file], fps) for text in item.screen_text for line in text.lines
         )
     figures: Draft = {}
-    for name in sorted({str(row["slice"]) for row in rows if row["cer"] is not None}):
+    for name in sorted({str(row["slice"]) for row in rows if row["slice"] != SCREEN}):
         members = [row for row in rows if row["slice"] == name]
         figures[f"cer_{name}"] = (_rate(members, "edits"), "lower", CER_TOLERANCE)
         figures[f"cer_any_order_{name}"] = (_rate(members, "edits_any_order"), "lower", CER_TOLERANCE)
-    found = [bool(row["found"]) for row in rows if row["slice"] == "screen"]
+    found = [bool(row["found"]) for row in rows if row["slice"] == SCREEN]
     figures["screen_text_recall"] = (sum(found) / len(found) if found else None, "higher", RECALL_TOLERANCE)
     figures["unprocessed"] = (sum(rows_ is None for rows_ in texts.values()), "lower", 0.0)
-    shown = [(str(row["file"]), float(str(row["cer"]))) for row in rows if row["cer"] is not None]
+    shown = [(str(row["file"]), float(str(row["cer"]))) for row in rows if row["slice"] != SCREEN]
     return EvalResult(
         "ocr",
         golden.name,
@@ -105,7 +108,7 @@ def _screen_row(
     near = [row["text"] for row in found or () if _overlaps(row, text, fps)]
     return {
         "file": item.file,
-        "slice": "screen",
+        "slice": SCREEN,
         "found": contains_text(line, near),
         "reference": line,
         "hypothesis": "\n".join(near),

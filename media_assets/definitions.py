@@ -29,7 +29,12 @@ def build(library: Library) -> dg.Definitions:
     """All definitions of one library; its database is opened only when a run needs it."""
     settings, models = library.settings, library.models
     return dg.Definitions(
-        assets=[uploads, *(build_group(group, settings, models) for group in GROUPS), *build_global_assets(settings), *eval_assets],
+        assets=[
+            uploads,
+            *(build_group(group, settings, models) for group in GROUPS),
+            *build_global_assets(settings),
+            *eval_assets,
+        ],
         asset_checks=eval_checks,
         jobs=[*processing_jobs, rebuild_job],
         schedules=[build_rebuild_schedule(settings.index.buckets)],

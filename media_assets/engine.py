@@ -68,7 +68,7 @@ class Progress:
     items_done: int = 0
     settled: Counter[tuple[str, str]] = field(default_factory=Counter)
     units: Counter[str] = field(default_factory=Counter)
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=dict)
     running: str = ""
 
 
@@ -110,7 +110,7 @@ class Serial:
     def __init__(self) -> None:
         self._calls: deque[tuple[Any, Callable[[], Any]]] = deque()
 
-    def submit(self, lane: str, key: Any, call: Callable[[], Any]) -> None:
+    def submit(self, lane: str, key: Any, call: Callable[[], Any]) -> None:  # noqa: ARG002 - one lane serves all
         """Queue the call."""
         self._calls.append((key, call))
 
@@ -221,7 +221,7 @@ class BatchEngine:
         the record database or a defect of the engine itself propagates; an item's error never does.
         """
         with self._outcomes.lease(run_id) as lease:
-            batch = _Batch(self, items, run_id, lease.liveness, report or (lambda progress: None))
+            batch = _Batch(self, items, run_id, lease.liveness, report or _ignore)
             try:
                 yield from batch.results()
             finally:
@@ -385,12 +385,12 @@ class _Batch:
             cause, retryable = f"{name} is in flight in run {record.run_id}.", True
         else:
             root = record.error or ""
-            cause = root if record.error_class == UpstreamFailed.code else f"{name} failed ({record.error_class}): {root}"
+            cause = (
+                root if record.error_class == UpstreamFailed.code else f"{name} failed ({record.error_class}): {root}"
+            )
             retryable = record.status is Status.RETRYABLE
         try:
-            blocked = self.outcomes.block(
-                task.media_id, task.stage.name, task.version, cause, retryable, self.run_id
-            )
+            blocked = self.outcomes.block(task.media_id, task.stage.name, task.version, cause, retryable, self.run_id)
         except LostClaim:
             self._busy(task)
             return
@@ -488,9 +488,7 @@ class _Batch:
             if not task.units:
                 self._assemble(task)
 
-    def _inferred(
-        self, event: Event, stage: Stage[Any, Any], units: Mapping[str, tuple[Task, Unit[Any]]]
-    ) -> None:
+    def _inferred(self, event: Event, stage: Stage[Any, Any], units: Mapping[str, tuple[Task, Unit[Any]]]) -> None:
         self.inferring -= 1
         self.unanswered -= len(units)
         self.progress.units[stage.name] += len(units)
@@ -581,7 +579,7 @@ class _Batch:
         flight.records[name] = outcome
         self.progress.settled[name, outcome.status] += 1
         if how is How.COMPUTED:
-            self.progress.seconds[name] += task.seconds
+            self.progress.seconds[name] = self.progress.seconds.get(name, 0.0) + task.seconds
         facts = product.facts if product else {}
         previews = product.previews if product else {}
         self.settled.append(Result(task.media_id, name, how, outcome, facts, previews))
@@ -603,6 +601,10 @@ class _Batch:
         if self.flights.pop(flight.item.media_id, None) is not None:
             flight.memo.clear()
             self.progress.items_done += 1
+
+
+def _ignore(_: Progress) -> None:
+    """The reporter of a batch that nobody watches."""
 
 
 def _failure_of(call: Callable[[], None]) -> Failure | None:

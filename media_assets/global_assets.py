@@ -194,6 +194,3 @@ def find_duplicates(library: Library) -> Any:
     table = near_duplicates.find_in(library.store, live, [media_id for media_id, _, _ in library.items()])
     library.store.write("near_duplicates", "all", table)
     return table
-
-
-

@@ -105,9 +105,8 @@ def build_group(group: Group, settings: Settings, models: ModelRegistry) -> dg.A
         wanted = {keys[key] for key in context.selected_asset_keys}
         batch = media_items(library, batch_keys(context, config))
         selected = [stage for stage in group.load(library.settings, library.models) if stage.name in wanted]
-        for stage in selected:
+        if selected:
             yield from _materialize(context, library, selected, batch)
-            break
         for check in context.selected_asset_check_keys:
             name = keys[check.asset_key]
             if check.name == ITEMS:

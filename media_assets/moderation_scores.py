@@ -44,7 +44,7 @@ class StillUnit:
 
 @dataclass(frozen=True, slots=True)
 class TextUnit:
-    """A stretch of text of at most MAX_CHARACTERS."""
+    """A stretch of text no longer than the text model reads well."""
 
     text: str
 
@@ -64,8 +64,9 @@ class ModerationScores(Stage[StillUnit | TextUnit, Scores]):
 
     A still that repeats an earlier one is not scored again: the earlier one's scores hold for its span
     too. Text is scored where the model knows the language; OCR lines carry no language and are always
-    scored. Text longer than MAX_CHARACTERS is scored in pieces and keeps the strongest score. A NudeNet
-    score of 0 says that nothing was detected above its floor of 0.25.
+    scored. Text longer than the model's `max_characters` is scored in pieces and keeps the strongest
+    score, for a few words sink in a long text. A NudeNet score of 0 says that nothing was detected above
+    its floor of 0.25.
     """
 
     name = "moderation_scores"
@@ -78,7 +79,7 @@ class ModerationScores(Stage[StillUnit | TextUnit, Scores]):
     def parameters(self) -> Mapping[str, object]:
         """The concept prompts, as a digest."""
         prompts = json.dumps([dict(CONCEPTS), NEUTRAL, TEMPLATES], sort_keys=True)
-        return {"concepts": hashlib.sha256(prompts.encode()).hexdigest()[:16], "max_characters": MAX_CHARACTERS}
+        return {"concepts": hashlib.sha256(prompts.encode()).hexdigest()[:16]}
 
     def load(self) -> None:
         """Load every model. Raises ModelUnavailable."""
@@ -153,13 +154,15 @@ class ModerationScores(Stage[StillUnit | TextUnit, Scores]):
             yield subject, [Unit(unit_id, StillUnit(row["image"], vectors.get(frame)))]
 
     def _texts(self, inputs: Inputs) -> Iterator[tuple[Subject, list[Unit[StillUnit | TextUnit]]]]:
-        languages = self.models.spec(TEXT_TASK).parameters.get("languages", [ANY_LANGUAGE])
+        parameters = self.models.spec(TEXT_TASK).parameters
+        languages = parameters.get("languages", [ANY_LANGUAGE])
+        limit = int(parameters.get("max_characters", MAX_CHARACTERS))
         spoken = "text" if inputs.media()["kind"] == "text" else "speech"
         for row in inputs.table("transcript").to_pylist():
             if knows_language(languages, row["language"]):
-                yield from _text_subject(spoken, row["segment"], row)
+                yield from _text_subject(spoken, row["segment"], row, limit)
         for row in inputs.table("ocr_text").to_pylist():
-            yield from _text_subject("ocr", row["line"], row)
+            yield from _text_subject("ocr", row["line"], row, limit)
 
     def _score_stills(self, stills: Sequence[tuple[str, StillUnit]]) -> dict[str, Scores | Failure]:
         answers: dict[str, Scores | Failure] = {}
@@ -310,9 +313,9 @@ def knows_language(languages: Sequence[str], language: str) -> bool:
 
 
 def _text_subject(
-    modality: str, ordinal: int, row: Mapping[str, Any]
+    modality: str, ordinal: int, row: Mapping[str, Any], limit: int
 ) -> Iterator[tuple[Subject, list[Unit[StillUnit | TextUnit]]]]:
-    pieces = pieces_of_text(row["text"])
+    pieces = pieces_of_text(row["text"], limit)
     units: list[Unit[StillUnit | TextUnit]] = [
         Unit(f"{modality}:{ordinal}:{number}", TextUnit(piece)) for number, piece in enumerate(pieces)
     ]

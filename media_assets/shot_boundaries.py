@@ -5,7 +5,8 @@ before a cut, or in the middle of a gradual transition; `many` is high on every 
 The rules that turn them into boundaries:
 
 - A transition is a run of frames in which either score is above its threshold, `single` somewhere among them.
-- It is gradual where `many` stays above its threshold for `gradual_frames` frames or more, else it is a cut.
+- It is gradual where `many` is above its threshold on `gradual_frames` frames or more, else it is a cut. A gradual
+  one needs of `single` only `weak_threshold`: its peak is spread out where the transition is slow.
 - A cut falls after the frame `single` peaks on; where the picture changes far more one or two frames away, there.
 - A gradual transition falls after the frame `single` peaks on. A fade out to black followed by a fade in is one
   transition, and falls at its darkest point: the middle of the black. Black of more than `dark_frames` frames is
@@ -39,6 +40,7 @@ class Rules:
     """Thresholds of the rules above; scores are 0-1, luma 0-255, the rest frames."""
 
     threshold: float = 0.5
+    weak_threshold: float = 0.2
     many_threshold: float = 0.5
     extent_threshold: float = 0.2
     gradual_frames: int = 5
@@ -118,8 +120,13 @@ def shots(found: Sequence[Boundary], frames: int) -> list[Shot]:
 
 def _transitions(single: Floats, many: Floats, rules: Rules) -> Iterator[range]:
     for run in _runs((single > rules.threshold) | (many > rules.many_threshold)):
-        if single[run.start : run.stop].max() > rules.threshold:
+        needed = rules.weak_threshold if _is_gradual(many, run, rules) else rules.threshold
+        if single[run.start : run.stop].max() > needed:
             yield run
+
+
+def _is_gradual(many: Floats, run: range, rules: Rules) -> bool:
+    return int(np.count_nonzero(many[run.start : run.stop] > rules.many_threshold)) >= rules.gradual_frames
 
 
 def _runs(mask: npt.NDArray[np.bool_]) -> list[range]:
@@ -131,7 +138,7 @@ def _runs(mask: npt.NDArray[np.bool_]) -> list[range]:
 def _transition(single: Floats, many: Floats, run: range, change: Floats | None, rules: Rules) -> Boundary:
     peak = run.start + int(np.argmax(single[run.start : run.stop]))
     confidence = float(single[peak])
-    if np.count_nonzero(many[run.start : run.stop] > rules.many_threshold) < rules.gradual_frames:
+    if not _is_gradual(many, run, rules):
         frame = _largest_change(peak + 1, change)
         return Boundary(frame, frame, frame, confidence, "cut")
     first, last = _extent(many, run, rules.extent_threshold)

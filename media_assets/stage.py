@@ -121,7 +121,7 @@ class Memo:
             if not cell.done:
                 try:
                     cell.value = make()
-                except Exception as error:
+                except Exception as error:  # noqa: BLE001 - raised again to every caller
                     cell.error = error
                 cell.done = True
         if cell.error is not None:
@@ -193,7 +193,7 @@ class Stage(ABC, Generic[P, O]):
         """Settings that change the output and therefore enter the version."""
         return {}
 
-    def load(self) -> None:  # noqa: B027 - stages without a model have nothing to load
+    def load(self) -> None:
         """Load the models. Raises ModelUnavailable with what to install."""
 
     @abstractmethod

@@ -57,10 +57,9 @@ def psycopg2_url(url: str) -> str:
 
 def migrate(engine: sa.Engine) -> None:
     """Upgrade the schema to the newest revision; costs one query when it is there already."""
+    from alembic import command
     from alembic.config import Config
     from alembic.script import ScriptDirectory
-
-    from alembic import command
 
     config = Config()
     config.set_main_option("script_location", "resources:migrations")

@@ -57,7 +57,8 @@ class Library:
 
     def items(self) -> list[tuple[str, str, str | None]]:
         """(media_id, uri, sha256 where known) of every live upload, in order of discovery."""
-        hashes = self.outcomes.content_of("media")
+        contents = self.outcomes.content_of("media")  # <code version>:<sha256>
+        hashes = {media_id: content.rsplit(":", 1)[-1] for media_id, content in contents.items()}
         return [(row["media_id"], row["uri"], hashes.get(row["media_id"])) for row in self.registry.live()]
 
     def close(self) -> None:

@@ -144,11 +144,15 @@ class OutcomeStore:
         version, in flight in another live run, or out of attempts after its workers were lost.
         """
         with self._engine.begin() as connection:
-            row = connection.execute(
-                sa.select(*_FIELDS)
-                .where(outcomes.c.media_id == media_id, outcomes.c.asset == asset)
-                .with_for_update()
-            ).mappings().first()
+            row = (
+                connection.execute(
+                    sa.select(*_FIELDS)
+                    .where(outcomes.c.media_id == media_id, outcomes.c.asset == asset)
+                    .with_for_update()
+                )
+                .mappings()
+                .first()
+            )
             current = _outcome(row) if row else None
             attempts, number = 1, 1
             if current:
@@ -176,8 +180,12 @@ class OutcomeStore:
                 "retry_at": None,
                 "updated_at": sa.func.now(),
             }
-            statement = insert(outcomes).values(values).on_conflict_do_update(
-                index_elements=["media_id", "asset"], set_=values, where=outcomes.c.claim == number - 1
+            statement = (
+                insert(outcomes)
+                .values(values)
+                .on_conflict_do_update(
+                    index_elements=["media_id", "asset"], set_=values, where=outcomes.c.claim == number - 1
+                )
             )
             if connection.execute(statement).rowcount != 1:
                 raise LostClaim(f"{asset} of {media_id} was claimed by another run")
@@ -256,7 +264,7 @@ class OutcomeStore:
         error_classes: Sequence[str] | None = None,
     ) -> int:
         """Give failed records (quarantined or waiting) a fresh start at once; returns how many."""
-        condition = outcomes.c.status.in_([Status.QUARANTINED, Status.RETRYABLE])
+        condition: sa.ColumnElement[bool] = outcomes.c.status.in_([Status.QUARANTINED, Status.RETRYABLE])
         for column, wanted in (
             (outcomes.c.media_id, media_ids),
             (outcomes.c.asset, assets),
@@ -388,7 +396,7 @@ def _write(
     return _outcome(row)
 
 
-def _record(connection: sa.Connection, row: Mapping[str, Any]) -> None:
+def _record(connection: sa.Connection, row: sa.RowMapping | Mapping[str, Any]) -> None:
     kept = ("media_id", "asset", "version", "claim", "status", "error_class", "error", "run_id")
     connection.execute(sa.insert(outcome_history).values({name: row.get(name) for name in kept}))
 
@@ -397,8 +405,8 @@ def _cost(cost: Cost) -> dict[str, Any]:
     return {name: getattr(cost, name) for name in Cost.__slots__}
 
 
-def _outcome(row: Mapping[str, Any]) -> Outcome:
-    return Outcome(**{**row, "status": Status(row["status"])})
+def _outcome(row: sa.RowMapping) -> Outcome:
+    return Outcome(**{**dict(row), "status": Status(row["status"])})
 
 
 def _chunks(values: Sequence[str]) -> Iterable[Sequence[str]]:

@@ -81,10 +81,10 @@ def discover(paths: Sequence[str | Path]) -> Iterator[Upload | Problem]:
         if "://" in text and not text.startswith(_FILE_SCHEME):
             yield from _discover_remote(text)
         else:
-            yield from _discover(local_path(text) or text, seen, given=True)
+            yield from _discover(local_path(text) or text, seen)
 
 
-def _discover(path: str, seen: set[tuple[int, int]], given: bool = False) -> Iterator[Upload | Problem]:
+def _discover(path: str, seen: set[tuple[int, int]]) -> Iterator[Upload | Problem]:
     try:
         info = os.stat(path)
         if stat.S_ISDIR(info.st_mode):

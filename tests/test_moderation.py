@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +101,7 @@ class Item:
     def said(self, *segments: tuple[str, str]) -> Item:
         rows = [
             {"segment": i, "start_s": 2.0 * i, "end_s": 2.0 * i + 1, "text": text, "language": language}
-            | {"confidence": 1.0, "timing": "none", "model": "m"}
+            | {"confidence": 1.0, "timing": "none", "words": [], "model": "m"}
             for i, (language, text) in enumerate(segments)
         ]
         return self.write("transcript", rows)
@@ -196,10 +195,15 @@ def test_an_item_with_nothing_to_score_is_not_applicable_and_still_gets_a_decisi
 
 def test_a_broken_still_fails_alone_and_answers_are_keyed(stage: ModerationScores) -> None:
     good = StillUnit(png(photo("coffee.png")), None)
-    units = [Unit("a", TextUnit("hello")), Unit("b", StillUnit(b"no picture", None)), Unit("c", good)]
-    answers = stage.infer(units)
+    units: list[Unit[StillUnit | TextUnit]] = [
+        Unit("a", TextUnit("hello")),
+        Unit("b", StillUnit(b"no picture", None)),
+        Unit("c", good),
+    ]
+    answers = dict(stage.infer(units))
     assert isinstance(answers["b"], Failure)
-    assert answers["a"].keys() == {"toxicity"}
+    assert isinstance(answers["a"], dict)
+    assert set(answers["a"]) == {"toxicity"}
     assert answers["c"] == stage.infer([Unit("c", good)])["c"]
 
 
@@ -271,7 +275,7 @@ def test_long_text_is_cut_between_words_and_nothing_is_lost() -> None:
 
 
 @pytest.fixture(scope="module")
-def image_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def image_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny image classifier with random weights, saved as a hub checkpoint is."""
     from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
@@ -280,11 +284,11 @@ def image_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]
     config.id2label, config.label2id = {0: "normal", 1: "nsfw"}, {"normal": 0, "nsfw": 1}
     ViTForImageClassification(config).save_pretrained(folder)
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
-    yield folder
+    return folder
 
 
 @pytest.fixture(scope="module")
-def text_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def text_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny multi-label text classifier with random weights."""
     from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
@@ -297,7 +301,7 @@ def text_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     )
     config.id2label, config.label2id = {0: "toxic", 1: "insult"}, {"toxic": 0, "insult": 1}
     BertForSequenceClassification(config).save_pretrained(folder)
-    yield folder
+    return folder
 
 
 def spec_of(folder: Path, task: str, **parameters: object) -> ModelSpec:

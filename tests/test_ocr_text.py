@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -157,6 +158,17 @@ def test_pages_of_several_items_share_a_micro_batch(desk: Desk) -> None:
         "two/still-0": "garden",
     }
     assert stage.infer(units[1:])["two/still-0"] == together["two/still-0"]
+
+
+def test_every_reader_answers_each_region_in_the_order_given(stage: OcrText) -> None:
+    picture = np.asarray(card(("Upper words", 40, 40), ("Lower words", 40, 160)))
+    lower, upper = (np.array([[30, top], [260, top], [260, top + 50], [30, top + 50]], np.float32) for top in (153, 33))
+    for spec in stage.models.candidates("ocr"):
+        reader = import_module(f"resources.models.{spec.adapter}").load(spec, stage.models.cache)
+        answers = reader.read(picture, [lower, upper])
+        assert [answer.text.strip() for answer in answers] == ["Lower words", "Upper words"], spec.name
+        assert all(0.5 < answer.confidence <= 1.0 for answer in answers)
+        assert reader.read(picture, []) == ()
 
 
 @pytest.mark.parametrize("kind", ["audio", "text"])

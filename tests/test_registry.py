@@ -51,7 +51,7 @@ def test_odd_names_are_found_once_each(tmp_path: Path) -> None:
 
 
 def test_loops_and_missing_folders_do_not_stop_discovery(tmp_path: Path) -> None:
-    """Given a symlink loop, a dangling link and a folder that is gone, then the good file is found and they are told."""
+    """Given a symlink loop, a dangling link and a missing folder, then the good file is found and they are told."""
     (tmp_path / "good.txt").write_text("hello")
     (tmp_path / "loop").symlink_to(tmp_path)
     (tmp_path / "dangling").symlink_to(tmp_path / "nothing")

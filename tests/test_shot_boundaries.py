@@ -123,3 +123,10 @@ def test_a_short_black_inside_one_transition_is_where_it_falls():
     single[20], single[12] = 0.0, 0.7
     (found,) = boundaries(single, many, light)
     assert found.frame == 20
+
+
+def test_a_weak_peak_is_enough_for_a_long_transition_but_not_for_a_cut():
+    single, many = _scores(100, gradual=[(40, 59)])
+    assert [b.kind for b in boundaries(single * 0.5, many)] == ["gradual"]
+    single, many = _scores(100, cuts=[50])
+    assert boundaries(single * 0.5, many) == []

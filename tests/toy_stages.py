@@ -97,8 +97,7 @@ class Total(Toy):
     inputs = ("numbers", "doubled")
 
     def values(self, inputs: Inputs) -> list[int]:
-        both = (*inputs.table("numbers").column("value").to_pylist(), *inputs.table("doubled").column("value").to_pylist())
-        return list(both)
+        return [value for name in self.inputs for value in inputs.table(name).column("value").to_pylist()]
 
 
 CHAIN: tuple[type[Toy], ...] = (Numbers, Doubled, Total)

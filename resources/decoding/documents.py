@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 import unicodedata
 from collections.abc import Iterator
@@ -39,7 +40,21 @@ def decode_text(data: bytes) -> str:
     text = unicodedata.normalize("NFC", text)
     if not text.strip():
         raise Empty("The document holds no text.")
+    if _is_json(text):
+        raise Unsupported(
+            "The file is JSON data, not a document.", "Leave data files out of the media folder, or export their text."
+        )
     return text
+
+
+def _is_json(text: str) -> bool:
+    if text.lstrip()[0] not in "{[":
+        return False
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def text_mime(text: str, suffix: str) -> str:

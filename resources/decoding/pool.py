@@ -130,8 +130,8 @@ class _Process:
             bufsize=0,
             start_new_session=True,
         )
-        assert self._child.stdin is not None  # noqa: S101 - given PIPE above
-        assert self._child.stdout is not None  # noqa: S101
+        assert self._child.stdin is not None
+        assert self._child.stdout is not None
         self._requests = self._child.stdin
         self._answers = self._child.stdout
         os.set_blocking(self._answers.fileno(), False)

@@ -23,7 +23,7 @@ from resources.models.registry import ModelSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-RECIPE = "1"
+RECIPE = "2"
 """Changes whenever the same weights would give another checkpoint; the model's `recipe` parameter must agree."""
 IMAGE_TOWER = "tf_efficientnet_lite0_conse"
 IMAGE_WEIGHTS = "models/efficientnet-lite0-57934424.pth"

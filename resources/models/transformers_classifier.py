@@ -13,6 +13,8 @@ from resources.errors import ModelUnavailable
 from resources.models.registry import ModelSpec
 
 Picture = npt.NDArray[np.uint8]
+_REFUSALS = (OSError, ValueError, TypeError, KeyError, RuntimeError)
+"""What transformers raises on an incomplete checkpoint: a missing file shows as whatever breaks first."""
 
 
 class TransformersImageClassifier:
@@ -28,7 +30,7 @@ class TransformersImageClassifier:
         try:
             self._processor: Any = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
             model: Any = AutoModelForImageClassification.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, RuntimeError) as error:
+        except _REFUSALS as error:
             raise _unreadable_checkpoint(spec, error) from error
         self._model = model.to(self._device, dtype=_torch_dtype(spec, self._device)).eval()
         self._activation = _activation(spec)
@@ -54,7 +56,7 @@ class TransformersTextClassifier:
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             model: Any = AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, RuntimeError) as error:
+        except _REFUSALS as error:
             raise _unreadable_checkpoint(spec, error) from error
         self._model = model.to(self._device, dtype=_torch_dtype(spec, self._device)).eval()
         self._activation = _activation(spec)
