@@ -7,44 +7,88 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
+import sqlalchemy as sa
 from rich.console import Console
 
 from cli.exit_codes import Exit
 from cli.instance import PROJECT, prepare_environment
+from resources.database import LOCK_NAMESPACE
 from resources.library import Library
 
 HOST = "127.0.0.1"
-_STOP_S = 30
+_DEV_LOCK = -1  # within the project's advisory locks
+_STOP_S = 30.0
+_POLL_S = 0.1
+# Dagster advises another project layout on every start; this one is launched by its own command.
+_QUIET = {"PYTHONWARNINGS": "ignore:Function `dev_command` is superseded"}
 
 
 def serve(library: Library, port: int, console: Console) -> int:
     """Run `dagster dev` until it ends or a signal arrives; the embedded Postgres lives as long."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if not _is_free(port):
-        console.print(f"Port {port} is in use. Choose another with --port.", style="red")
+        console.print(f"Port {port} is in use. Choose another with --port.", style="red", soft_wrap=True)
         return Exit.USAGE
-    console.print("starting Postgres", style="dim")
-    prepare_environment(library)
-    workspace = str(PROJECT / "workspace.yaml")
-    command = [sys.executable, "-m", "dagster", "dev", "-h", HOST, "-p", str(port), "-w", workspace]
-    console.print(f"Dagster UI: http://{HOST}:{port} (ready when it says so below; Ctrl-C stops everything)")
-    child = subprocess.Popen(command, env=os.environ, start_new_session=True)
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: child.send_signal(signal.SIGINT))
     try:
-        return child.wait()
+        console.print("starting Postgres", style="dim")
+        with _only_one(library) as alone:
+            if not alone:
+                console.print("Another `media-assets dev` runs on this home. Use its UI, or stop it.", style="red")
+                return Exit.USAGE
+            folder = prepare_environment(library)
+            console.print(
+                f"Dagster UI: http://{HOST}:{port} once it says “Serving” below; Ctrl-C stops everything.",
+                soft_wrap=True,
+                highlight=False,
+            )
+            return _run(port, folder)
     finally:
-        _stop(child)
         library.close()
 
 
+def _run(port: int, folder: Path) -> int:
+    workspace = str(PROJECT / "workspace.yaml")
+    command = [sys.executable, "-m", "dagster", "dev", "-h", HOST, "-p", str(port), "-w", workspace]
+    # A session of its own: Ctrl-C reaches this process alone, which then stops the others in order.
+    child = subprocess.Popen(command, env={**os.environ, **_QUIET}, cwd=folder, start_new_session=True)
+    try:
+        return child.wait()
+    except KeyboardInterrupt:
+        return Exit.OK
+    finally:
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, signal.SIG_IGN)
+        _stop(child)
+
+
 def _stop(child: subprocess.Popen[bytes]) -> None:
+    """Interrupt Dagster, wait for it and for the runs it launched, and kill what is left then."""
     if child.poll() is None:
         child.send_signal(signal.SIGINT)
+    deadline = time.monotonic() + _STOP_S
+    while time.monotonic() < deadline:
+        child.poll()  # reaps it, or its group would never be empty
         try:
-            child.wait(_STOP_S)
-        except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)
+            os.killpg(child.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(_POLL_S)
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+@contextmanager
+def _only_one(library: Library) -> Iterator[bool]:
+    """Whether this is the only `dev` on the library's database: two daemons would launch everything twice."""
+    with library.database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        lock = sa.select(sa.func.pg_try_advisory_lock(LOCK_NAMESPACE, _DEV_LOCK))
+        yield bool(connection.execute(lock).scalar())
 
 
 def _is_free(port: int) -> bool:

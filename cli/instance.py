@@ -25,6 +25,9 @@ def prepare_environment(library: Library) -> Path:
     os.environ["DAGSTER_HOME"] = str(folder)
     os.environ["MEDIA_DATABASE_URL"] = library.database.url
     os.environ[HOME_VARIABLE] = str(library.settings.home)
+    golden = library.settings.golden
+    if golden and Path(golden).exists():  # the child's working directory is another one
+        os.environ["MEDIA_GOLDEN"] = str(Path(golden).absolute())
     return folder
 
 

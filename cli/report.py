@@ -227,4 +227,4 @@ def show_evals(evals: Sequence[dict[str, Any]], as_json: bool) -> None:
         for name, value in entry["figures"].items():
             table.add_row(_shown(name), "–" if value is None else f"{value:.4g}")
         _out.print(table)
-        _out.print(f"{'passed' if entry['passed'] else 'NOT passed'} {_shown(entry['baseline'], 400)}\n")
+        _out.print(f"{_shown(entry['baseline'], 400)}\n", style="green" if entry["passed"] else "yellow")

@@ -62,14 +62,20 @@ class Result:
 
 @dataclass(slots=True)
 class Progress:
-    """Counts of a running batch; the engine keeps them, a reporter draws them."""
+    """Counts of a running batch; the engine keeps them, a reporter draws them. A task is one stage of one item."""
 
     items: int
+    tasks: int
     items_done: int = 0
     settled: Counter[tuple[str, str]] = field(default_factory=Counter)
     units: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=dict)
     running: str = ""
+
+    @property
+    def tasks_done(self) -> int:
+        """Tasks that are settled, one way or another."""
+        return self.settled.total()
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +268,7 @@ class _Batch:
         self.previews = Counter[str]()
         self.working = self.inferring = self.unanswered = 0
         self.settled: deque[Result] = deque()
-        self.progress = Progress(items=len(items))
+        self.progress = Progress(items=len(items), tasks=len(items) * len(self.stages))
 
     def _load(self, items: Sequence[MediaItem]) -> dict[tuple[str, str], Outcome]:
         needed = {name for stage in self.stages for name in (stage.name, *stage.inputs)}
@@ -309,7 +315,7 @@ class _Batch:
 
     def _fullest(self) -> str | None:
         """The most downstream stage with a full micro-batch; a partial one only when nothing can fill it."""
-        names = [stage.name for stage in reversed(self.stages) if self.queued[stage.name]]
+        names: list[str] = [stage.name for stage in reversed(self.stages) if self.queued[stage.name]]
         for name in names:
             if len(self.queued[name]) >= self.caps[name]:
                 return name

@@ -80,7 +80,17 @@ def build_global_assets(settings: Settings) -> list[dg.AssetsDefinition]:
                 description="One FAISS shard per bucket and vector space, built aside, checked for recall, swapped in.",
                 partitions_def=buckets,
             ),
+            dg.AssetSpec(
+                "near_duplicates",
+                deps=["media", "frames", "embeddings", "audio", "index_shard"],
+                skippable=True,
+                group_name=GROUP,
+                kinds={"parquet"},
+                owners=OWNERS,
+                description="Groups of exact, perceptual and semantic duplicates with their evidence.",
+            ),
         ],
+        # In the same step: a step that yields no output makes later steps of its run skip.
         check_specs=[dg.AssetCheckSpec(RECALL, asset="index_shard", description="Recall@10 against exact search.")],
         can_subset=True,
         backfill_policy=dg.BackfillPolicy.single_run(),
@@ -90,41 +100,20 @@ def build_global_assets(settings: Settings) -> list[dg.AssetsDefinition]:
     )
     def rebuild_buckets(context: dg.AssetExecutionContext) -> Iterator[Any]:
         library: Library = context.resources.media
+        selected = {key.to_user_string() for key in context.selected_asset_keys}
         live = by_bucket(live_versions(library), library.settings.index.buckets)
-        chosen = [int(key) for key in context.partition_keys]
-        if dg.AssetKey("catalog") in context.selected_asset_keys:
+        # Materialized alone, near_duplicates has no partitions.
+        chosen = [int(key) for key in context.partition_keys] if selected - {"near_duplicates"} else []
+        if "catalog" in selected:
             yield from _catalog(library, {bucket: live[bucket] for bucket in chosen})
-        if dg.AssetKey("index_shard") in context.selected_asset_keys:
+        if "index_shard" in selected:
             recalls: dict[str, float] = {}
             yield from _index(library, {bucket: live[bucket]["embeddings"] for bucket in chosen}, recalls)
             yield _recall_check(recalls, library.settings.index.min_recall)
+        if "near_duplicates" in selected:
+            yield _near_duplicates(library)
 
-    @dg.asset(
-        group_name=GROUP,
-        kinds={"parquet"},
-        owners=OWNERS,
-        deps=["media", "frames", "embeddings", "audio", "index_shard"],
-        description="Groups of exact, perceptual and semantic duplicates with their evidence.",
-        required_resource_keys={"media"},
-        pool=pool(_NEEDS),
-        op_tags=op_tags(GROUP, _NEEDS),
-    )
-    def near_duplicates(context: dg.AssetExecutionContext) -> dg.MaterializeResult[Any]:
-        library: Library = context.resources.media
-        digest = library_digest(library)
-        table = find_duplicates(library)
-        library.store.write_bytes(library.store.root / REBUILT, digest.encode())
-        groups = len(set(table.column("group_id").to_pylist()))
-        methods = table.column("method").to_pylist()
-        return dg.MaterializeResult(
-            metadata={
-                "dagster/row_count": table.num_rows,
-                "groups": groups,
-                **{method: methods.count(method) for method in sorted(set(methods))},
-            }
-        )
-
-    return [rebuild_buckets, near_duplicates]
+    return [rebuild_buckets]
 
 
 def _catalog(
@@ -183,6 +172,21 @@ def _recall_check(recalls: Mapping[str, float], floor: float) -> dg.AssetCheckEv
         check_name=RECALL,
         passed=worst >= floor,
         metadata={"worst recall@10": worst, "floor": floor, "shards": dict(recalls)},
+    )
+
+
+def _near_duplicates(library: Library) -> dg.AssetMaterialization:
+    digest = library_digest(library)
+    table = find_duplicates(library)
+    library.store.write_bytes(library.store.root / REBUILT, digest.encode())
+    methods = table.column("method").to_pylist()
+    return dg.AssetMaterialization(
+        "near_duplicates",
+        metadata={
+            "dagster/row_count": table.num_rows,
+            "groups": len(set(table.column("group_id").to_pylist())),
+            **{method: methods.count(method) for method in sorted(set(methods))},
+        },
     )
 
 

@@ -15,6 +15,7 @@ import dagster as dg
 
 from media_assets.engine import BatchEngine, How, Progress, Result
 from media_assets.partitions import Batch, batch_keys, media_partitions
+from media_assets.provenance import SOURCE, Provenance
 from media_assets.quality import EXPECTATIONS, ITEMS, expectations_check, items_check
 from media_assets.stage import MediaItem, Stage
 from media_assets.versions import code_version
@@ -122,10 +123,12 @@ def _materialize(
 ) -> Iterator[dg.AssetMaterialization]:
     engine = BatchEngine(stages, library.store, library.outcomes, library.settings, device=device(library.settings))
     by_name = {stage.name: stage for stage in stages}
+    provenance = Provenance(context.instance, library.outcomes, stages, [item.media_id for item in batch])
     report = _reporter(context, library)
     for result in engine.run(batch, context.run_id, report):
         if result.done:
-            yield _materialization(result, by_name[result.asset], library)
+            stage = by_name[result.asset]
+            yield _materialization(result, stage, library, provenance.tags(result, stage))
         elif result.how in (How.COMPUTED, How.HELD):
             record = result.outcome
             context.log.warning(
@@ -153,7 +156,7 @@ def _reporter(context: dg.AssetExecutionContext, library: Library) -> Callable[[
 def _spec(group: Group, stage: Stage[Any, Any]) -> dg.AssetSpec:
     return dg.AssetSpec(
         stage.name,
-        deps=list(stage.inputs) or ["uploads"],
+        deps=list(stage.inputs) or [SOURCE],
         skippable=True,
         group_name=group.name,
         kinds=KINDS[stage.name],
@@ -184,17 +187,25 @@ def _check_specs(asset: str) -> list[dg.AssetCheckSpec]:
     ]
 
 
-def _materialization(result: Result, stage: Stage[Any, Any], library: Library) -> dg.AssetMaterialization:
+def _materialization(
+    result: Result, stage: Stage[Any, Any], library: Library, tags: dict[str, str]
+) -> dg.AssetMaterialization:
     record = result.outcome
+    # Pictures first: they are what people look for in the list.
     metadata: dict[str, Any] = {
+        f"picture: {_label(name)}": dg.MetadataValue.md(_data_uri(_label(name), picture))
+        for name, picture in result.previews.items()
+    }
+    metadata |= {
         "status": str(record.status),
         "how": str(result.how),
         "dagster/row_count": record.rows or 0,
-        "seconds": record.seconds or 0.0,
+        "seconds": round(record.seconds or 0.0, 3),
         "device": record.device or "cpu",
+        "bytes": record.bytes_out or 0,
         "version": record.version,
         "path": dg.MetadataValue.path(str(library.store.path(result.asset, result.media_id))),
-        **result.facts,
+        **{_label(name): value for name, value in result.facts.items()},
     }
     if record.model:
         metadata["model"] = record.model
@@ -203,14 +214,11 @@ def _materialization(result: Result, stage: Stage[Any, Any], library: Library) -
         metadata["copied from"] = record.copied_from
     if record.error:
         metadata["note"] = record.error
-    for name, picture in result.previews.items():
-        metadata[name] = dg.MetadataValue.md(_data_uri(name, picture))
-    return dg.AssetMaterialization(
-        asset_key=result.asset,
-        partition=result.media_id,
-        metadata=metadata,
-        tags={"dagster/data_version": record.version, "dagster/code_version": code_version(stage)},
-    )
+    return dg.AssetMaterialization(asset_key=result.asset, partition=result.media_id, metadata=metadata, tags=tags)
+
+
+def _label(name: str) -> str:
+    return name.removesuffix(".png").replace("_", " ")
 
 
 def _data_uri(name: str, picture: bytes) -> str:

@@ -40,6 +40,8 @@ ENLARGED_SIDE = 96
 """Height to which a tiny image is enlarged, pixels."""
 FRAME = 24
 """Border put around a tiny image, repeating its edge, pixels."""
+ROI_MARGIN = 0.06
+"""Margin kept around the coarse regions when they are looked at in detail, as a fraction of the longest side."""
 LEAST_SIDE = 3.0
 """Regions narrower or lower than this, pixels, hold no letter."""
 CELL = 8
@@ -144,7 +146,7 @@ class OcrText(Stage[Page, PageText]):
 
     name: ClassVar[str] = "ocr_text"
     inputs: ClassVar[tuple[str, ...]] = ("media", "frames")
-    code_version: ClassVar[str] = "1"
+    code_version: ClassVar[str] = "2"
     tasks: ClassVar[tuple[str, ...]] = ("ocr", "ocr_detector")
     micro_batch: ClassVar[int] = 8
     description: ClassVar[str] = "Text on stills and images: line, polygon, confidence and time span."
@@ -284,10 +286,22 @@ class _Surveyor:
         height, width = picture.shape[:2]
         quads = coarse
         if coarse and max(height, width) > self._gate_side:
-            quads = _quads(self._detector.detect(picture, self._detail_side)) or coarse
+            quads = self._detailed(picture, coarse) or coarse
         if not quads and self._is_image and height * width <= WHOLE_MAX_PIXELS:
             return (_everything(width, height),), True
         return quads, False
+
+    def _detailed(self, picture: Picture, coarse: tuple[Quad, ...]) -> tuple[Quad, ...]:
+        """Regions at full detail, looked for only around those seen coarsely: detection costs by the pixel."""
+        height, width = picture.shape[:2]
+        side = max(height, width)
+        scale = min(1.0, self._detail_side / side)
+        corners = np.concatenate(coarse)
+        left, top = np.maximum(corners.min(axis=0) - ROI_MARGIN * side, 0).astype(int)
+        right, bottom = np.minimum(corners.max(axis=0) + ROI_MARGIN * side, (width, height)).astype(int)
+        crop = picture[top:bottom, left:right]
+        found = self._detector.detect(crop, max(1, round(max(crop.shape[:2]) * scale)))
+        return tuple(quad + np.array([left, top], np.float32) for quad in _quads(found))
 
     def _tiny(self, row: Mapping[str, Any], picture: Picture) -> tuple[str, Page]:
         """The page of a tiny image: read enlarged and framed, its regions kept in the image's own pixels."""

@@ -23,7 +23,9 @@ def batch_keys(context: AssetExecutionContext, config: Batch) -> list[str]:
     """Keys of the run: the list in its config, else its partition range or its partition."""
     if config.keys:
         return list(dict.fromkeys(config.keys))
-    return list(context.partition_keys) if context.has_partition_key else []
+    # A run over a range has no partition key of its own.
+    partitioned = context.has_partition_key or context.has_partition_key_range
+    return list(context.partition_keys) if partitioned else []
 
 
 def explicit_batch_tags(keys: list[str]) -> dict[str, str]:

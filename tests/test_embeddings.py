@@ -21,7 +21,6 @@ from resources.models.openclip import OpenClip
 from resources.models.openclip_offline import CHECKPOINT, DIGESTS, offline_checkpoint
 from resources.models.registry import ModelRegistry
 from resources.models.weights import locate
-from resources.settings import Settings
 from resources.storage import DerivedStore
 
 QUERIES = {
@@ -37,11 +36,6 @@ def _picture(name: str) -> Image.Image:
     from skimage import data
 
     return Image.fromarray(getattr(data, name)()).convert("RGB")
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> ModelRegistry:
-    return ModelRegistry(Settings(home=tmp_path_factory.mktemp("home")))
 
 
 @pytest.fixture(scope="module")

@@ -77,7 +77,7 @@ class Installation:
 
 
 @pytest.fixture(scope="module")
-def installation(server_url: str, tmp_path_factory: pytest.TempPathFactory) -> Installation:
+def installation(server_url: str, tmp_path_factory: pytest.TempPathFactory, model_home: Path) -> Installation:
     """An empty installation on a database of its own."""
     import sqlalchemy as sa
 
@@ -86,7 +86,14 @@ def installation(server_url: str, tmp_path_factory: pytest.TempPathFactory) -> I
         connection.execute(sa.text("create database main_job"))
     admin.dispose()
     url = sa.make_url(server_url).set(database="main_job").render_as_string(hide_password=False)
-    return Installation(tmp_path_factory.mktemp("home"), url)
+    return Installation(home_with_models(tmp_path_factory, model_home), url)
+
+
+def home_with_models(factory: pytest.TempPathFactory, model_home: Path) -> Path:
+    """A new home folder that shares the session's model cache."""
+    home = factory.mktemp("home")
+    (home / "models").symlink_to(model_home / "models")
+    return home
 
 
 @pytest.fixture(scope="module")
@@ -245,11 +252,11 @@ def test_a_model_change_recomputes_exactly_its_dependants(
 
 
 def test_an_uninterrupted_run_makes_the_same_tables(
-    installation: Installation, first: dict[str, Any], server_url: str, tmp_path_factory: pytest.TempPathFactory
+    installation: Installation, first: dict[str, Any], tmp_path_factory: pytest.TempPathFactory, model_home: Path
 ) -> None:
     """Given the film, the narration and two photos in a fresh home, then their tables equal those of the killed run."""
     chosen = [SAMPLES / "film.mp4", SAMPLES / "narration.mp3", *sorted((SAMPLES / "photos").iterdir())[:2]]
-    fresh = Installation(tmp_path_factory.mktemp("calm"), "")
+    fresh = Installation(home_with_models(tmp_path_factory, model_home), "")
     fresh.json("run", *map(str, chosen))
     rows = {row["uri"]: row["media_id"] for row in fresh.sql("select uri, media_id from media")}
     assert set(rows) == set(map(str, chosen))

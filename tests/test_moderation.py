@@ -40,13 +40,8 @@ VERSION = "v1"
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    return Settings(home=tmp_path_factory.mktemp("home"))
-
-
-@pytest.fixture(scope="module")
-def models(settings: Settings) -> ModelRegistry:
-    return ModelRegistry(settings)
+def settings(models: ModelRegistry) -> Settings:
+    return models.settings
 
 
 @pytest.fixture(scope="module")

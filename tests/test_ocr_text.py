@@ -16,7 +16,6 @@ from media_assets.ocr_text import OcrText
 from media_assets.stage import Inputs, MediaItem, Product
 from resources.errors import NotApplicable
 from resources.models.registry import ModelRegistry
-from resources.settings import Settings
 from resources.storage import DerivedStore
 
 SIZE = (480, 270)
@@ -52,9 +51,8 @@ class Desk:
 
 
 @pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory) -> OcrText:
-    settings = Settings.load(tmp_path_factory.mktemp("home"))
-    stage = OcrText(settings, ModelRegistry(settings))
+def stage(models: ModelRegistry) -> OcrText:
+    stage = OcrText(models.settings, models)
     stage.load()
     return stage
 

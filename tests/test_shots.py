@@ -16,7 +16,6 @@ from media_assets.stage import Inputs, MediaItem
 from resources.errors import ModelUnavailable, NotApplicable
 from resources.models.registry import ModelRegistry
 from resources.models.transnet import STRIDE, WINDOW, TransNet, windows
-from resources.settings import Settings
 from resources.storage import DerivedStore
 
 FPS = 25.0
@@ -42,11 +41,6 @@ def _film() -> np.ndarray:
     third[45:] = 0
     fourth[:20] *= np.linspace(0, 1, 20)[:, None, None, None]
     return np.concatenate([_pan("astronaut", 40), _pan("coffee", 35), third.astype(np.uint8), fourth.astype(np.uint8)])
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> ModelRegistry:
-    return ModelRegistry(Settings(home=tmp_path_factory.mktemp("home")))
 
 
 @pytest.fixture

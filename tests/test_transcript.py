@@ -81,11 +81,6 @@ def flac(samples: PCM) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> ModelRegistry:
-    return ModelRegistry(Settings(home=tmp_path_factory.mktemp("home")))
-
-
-@pytest.fixture(scope="module")
 def stage(models: ModelRegistry) -> Transcript:
     made = Transcript(models.settings, models)
     made.load()

@@ -1,0 +1,86 @@
+"""Provenance of materializations: which version of each input they were made from, in Dagster's own tags.
+
+Dagster computes these tags for outputs only. Without them it takes every input of an explicit
+materialization for a new dependency, and the UI shows the item as unsynced for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dagster import AssetKey, DagsterEventType, DagsterInstance
+
+from media_assets.engine import Result
+from media_assets.stage import Stage
+from media_assets.versions import code_version
+from resources.outcomes import OutcomeStore
+
+# Names and values of Dagster's own tags; it has no public constants for them.
+DATA_VERSION_TAG = "dagster/data_version"
+CODE_VERSION_TAG = "dagster/code_version"
+INPUT_DATA_VERSION_TAG = "dagster/input_data_version"
+INPUT_EVENT_TAG = "dagster/input_event_pointer"
+_NO_EVENT = "NULL"
+_INITIAL_VERSION = "INITIAL"  # what Dagster takes for the version of an external asset
+SOURCE = "uploads"
+
+
+class Provenance:
+    """Tags for the materializations of one batch.
+
+    Looks up the events of inputs in bulk: once per input made in an earlier run, and, for inputs made in
+    this one, for all items that came up since the last look.
+    """
+
+    def __init__(
+        self,
+        instance: DagsterInstance,
+        outcomes: OutcomeStore,
+        stages: Sequence[Stage[Any, Any]],
+        media_ids: Sequence[str],
+    ) -> None:
+        self._instance = instance
+        selected = {stage.name for stage in stages}
+        inputs = {name for stage in stages for name in stage.inputs}
+        self._versions = {
+            key: record.version for key, record in outcomes.load(list(media_ids), sorted(inputs - selected)).items()
+        }
+        self._events: dict[str, dict[str, int]] = {name: self._latest(name, media_ids) for name in inputs - selected}
+        self._events |= {name: {} for name in inputs & selected}
+        self._unseen: dict[str, set[str]] = {name: set() for name in inputs & selected}
+
+    def tags(self, result: Result, stage: Stage[Any, Any]) -> dict[str, str]:
+        """Tags of the materialization of `result`, which the caller is about to emit."""
+        media_id = result.media_id
+        tags = {DATA_VERSION_TAG: result.outcome.version, CODE_VERSION_TAG: code_version(stage)}
+        if not stage.inputs:
+            tags |= self._input(SOURCE, _INITIAL_VERSION, None)
+        for name in stage.inputs:
+            tags |= self._input(name, self._versions[media_id, name], self._event(name, media_id))
+        self._versions[media_id, stage.name] = result.outcome.version
+        if stage.name in self._unseen:
+            self._unseen[stage.name].add(media_id)
+        return tags
+
+    def _input(self, name: str, version: str, event: int | None) -> dict[str, str]:
+        return {
+            f"{INPUT_DATA_VERSION_TAG}/{name}": version,
+            f"{INPUT_EVENT_TAG}/{name}": _NO_EVENT if event is None else str(event),
+        }
+
+    def _event(self, name: str, media_id: str) -> int | None:
+        unseen = self._unseen.get(name)
+        if unseen and media_id in unseen:
+            self._events[name].update(self._latest(name, sorted(unseen)))
+            unseen.clear()
+        return self._events[name].get(media_id)
+
+    def _latest(self, name: str, media_ids: Sequence[str]) -> dict[str, int]:
+        if not media_ids:
+            return {}
+        return dict(
+            self._instance.get_latest_storage_id_by_partition(
+                AssetKey(name), DagsterEventType.ASSET_MATERIALIZATION, set(media_ids)
+            )
+        )
