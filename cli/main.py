@@ -136,18 +136,23 @@ def retry(
     error_class: Annotated[
         list[str] | None, typer.Option("--error-class", help="Only this error class; repeatable.")
     ] = None,
+    finished: Annotated[
+        bool, typer.Option("--finished", help="Finished items too: make them again. Needs an item or --asset.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Give failed items a fresh start; the next [bold]run[/bold] works on them."""
+    if finished and not (media_ids or asset):
+        raise typer.BadParameter("say which: name an item or an --asset", param_hint="--finished")
     library = _open(home)
     try:
-        count = library.outcomes.reset(media_ids or None, asset or None, error_class or None)
+        count = library.outcomes.reset(media_ids or None, asset or None, error_class or None, finished)
     finally:
         library.close()
     if as_json:
         print(json.dumps({"reset": count}))
     else:
-        print(f"{count} failed outcomes will be tried again. Next: media-assets run")
+        print(f"{count} outcomes will be made again. Next: media-assets run")
 
 
 @app.command()
@@ -181,7 +186,7 @@ def similar(
     limit: Annotated[int, typer.Option("--limit", min=1, max=1000, help="Hits at most.")] = 10,
     as_json: JsonOption = False,
 ) -> None:
-    """Find media that look or sound like one item."""
+    """Find media that look like one item."""
     from cli.report import show_hits
     from cli.searching import open_search
 
@@ -268,6 +273,8 @@ _FAMILIES: dict[str, Exit] = {
     "database_unavailable": Exit.DATABASE,
     "model_unavailable": Exit.MODEL,
     "bad_query": Exit.QUERY,
+    "bad_search": Exit.QUERY,
+    "bad_policy": Exit.SETTINGS,
 }
 
 

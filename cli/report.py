@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -124,7 +126,7 @@ def show_hits(response: Any, as_json: bool) -> None:
     if as_json:
         from dataclasses import asdict
 
-        print(json.dumps(asdict(response), default=str))
+        print(json.dumps(asdict(response), default=_plain))
         return
     for note in response.notes:
         _out.print(_shown(note), style="yellow")
@@ -139,7 +141,7 @@ def show_status(library: Library, as_json: bool) -> bool:
     rows = library.outcomes.summary()
     live = len(library.registry.live())
     if as_json:
-        print(json.dumps({"items": live, "outcomes": rows}, default=str))
+        print(json.dumps({"items": live, "outcomes": rows}, default=_plain))
         return live > 0
     if not live:
         _out.print("No media registered yet. Start with: media-assets run FOLDER")
@@ -170,7 +172,7 @@ def show_item(library: Library, media_id: str, as_json: bool) -> bool:
         from dataclasses import asdict
 
         item = rows[0] if rows else None
-        print(json.dumps({"item": item, "outcomes": [asdict(record) for record in records]}, default=str))
+        print(json.dumps({"item": item, "outcomes": [asdict(record) for record in records]}, default=_plain))
         return bool(rows)
     if not rows:
         _out.print(f"No live item {_shown(media_id)}.")
@@ -210,15 +212,16 @@ def show_table(table: pa.Table, as_json: bool) -> None:
 
 
 def _plain(value: object) -> object:
-    import base64
-
+    """What JSON has no word for: bytes as base64, exact numbers as numbers, the rest as text."""
+    if isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
     return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
 
 
 def show_evals(evals: Sequence[dict[str, Any]], as_json: bool) -> None:
     """Figures of every evaluation."""
     if as_json:
-        print(json.dumps(list(evals), default=str))
+        print(json.dumps(list(evals), default=_plain))
         return
     for entry in evals:
         table = Table(title=f"{entry['eval']}: {_shown(entry['model'])}", title_justify="left")

@@ -34,7 +34,6 @@ class Summary:
     failures: list[dict[str, Any]] = field(default_factory=list)
     computed: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
-    facts: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds_total: float = 0.0
     runs: list[str] = field(default_factory=list)
 

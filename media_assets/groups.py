@@ -125,7 +125,7 @@ def _materialize(
     by_name = {stage.name: stage for stage in stages}
     provenance = Provenance(context.instance, library.outcomes, stages, [item.media_id for item in batch])
     report = _reporter(context, library)
-    for result in engine.run(batch, context.run_id, report):
+    for result in engine.run(batch, context.run.run_id, report):
         if result.done:
             stage = by_name[result.asset]
             yield _materialization(result, stage, library, provenance.tags(result, stage))
@@ -138,7 +138,7 @@ def _materialize(
 
 
 def _reporter(context: dg.AssetExecutionContext, library: Library) -> Callable[[Progress], None]:
-    group = context.op_handle.name
+    group = context.op_execution_context.op_handle.name
     if library.reporter is not None:
         chosen = library.reporter
         return lambda progress: chosen(group, progress)

@@ -23,6 +23,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from media_assets.taxonomy import LABELS, NO_FINDING
+from resources.errors import MediaError
 
 DEFAULT_POLICY = Path(__file__).with_name("policy.toml")
 OVERRIDE = "policy.toml"
@@ -128,8 +129,11 @@ def _check_label(label: str) -> None:
         raise ValueError(f"unknown label {label}; the taxonomy has {', '.join(LABELS)}")
 
 
-class PolicyError(ValueError):
+class PolicyError(MediaError):
     """A policy file that cannot be used; the message names the file and what is wrong."""
+
+    code, http_status = "bad_policy", 500
+    remedy = "Mend the file, or remove it to use the shipped policy."
 
 
 def load_policy(home: Path) -> Policy:

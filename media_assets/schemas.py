@@ -56,7 +56,9 @@ MEDIA_TEXT = pa.schema(
 FRAMES = pa.schema(
     [
         _ID,
-        _field("frame", pa.int32(), "0-based index in the first video stream, decode order; 0 for an image", False),
+        _field(
+            "frame", pa.int32(), "0-based index in the first video stream, presentation order; 0 for an image", False
+        ),
         _field("pts", pa.int64(), "presentation timestamp in units of the time base"),
         _field("time_base", pa.string(), "time base as numerator/denominator, seconds"),
         _START,

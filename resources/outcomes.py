@@ -8,7 +8,7 @@ Transitions (`claim` grows with every claim, so a worker that lost its item cann
     running ──claim (its worker is gone)──▶ running, or quarantined once attempts are used up
     running ──release (clean shutdown)──▶ retryable, the attempt given back
     quarantined ──claim (new version)──▶ running
-    quarantined, retryable ──reset──▶ retryable, attempts 0
+    quarantined, retryable (ok, not_applicable on demand) ──reset──▶ retryable, attempts 0
     any but running ──block──▶ retryable | quarantined, class upstream_failed
 
 Every transition is guarded in SQL and written to `outcome_history` in the same transaction.
@@ -273,9 +273,11 @@ class OutcomeStore:
         media_ids: Sequence[str] | None = None,
         assets: Sequence[str] | None = None,
         error_classes: Sequence[str] | None = None,
+        finished: bool = False,
     ) -> int:
-        """Give failed records (quarantined or waiting) a fresh start at once; returns how many."""
-        condition: sa.ColumnElement[bool] = outcomes.c.status.in_([Status.QUARANTINED, Status.RETRYABLE])
+        """Give failed records (quarantined or waiting; `finished` ones too) a fresh start; returns how many."""
+        statuses = [Status.QUARANTINED, Status.RETRYABLE, *([Status.OK, Status.NOT_APPLICABLE] if finished else [])]
+        condition: sa.ColumnElement[bool] = outcomes.c.status.in_(statuses)
         for column, wanted in (
             (outcomes.c.media_id, media_ids),
             (outcomes.c.asset, assets),

@@ -200,8 +200,9 @@ def test_text_on_screen_is_read_once_with_its_span(
 
 def test_search_finds_pictures_speech_and_text(installation: Installation, media: dict[str, dict[str, Any]]) -> None:
     """Given the samples, then a thing seen and words said are found, with the time where they are."""
-    seen = installation.json("search", "a cup of coffee", "--limit", "3")["hits"]
-    assert "coffee" in "".join(Path(hit["uri"]).name for hit in seen)
+    seen = installation.json("search", "a cup of coffee", "--limit", "5")["hits"]
+    assert {"coffee.jpg", "film.mp4"} & {Path(hit["uri"]).name for hit in seen if "picture" in hit["why"]}
+    assert "cat.jpg" not in {Path(hit["uri"]).name for hit in seen}
     spoken = installation.table("transcript", media["narration.mp3"]["media_id"])["text"][0].as_py()
     phrase = " ".join(spoken.split()[:5])
     said = installation.json("search", phrase)["hits"]

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from resources import faults
 from resources.decoding.protocol import LENGTHS, MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES, Request, encode
 from resources.errors import DecoderCrashed, DecodeTimeout, MediaError
 
@@ -25,6 +26,9 @@ RECYCLE_FILES = 500
 RECYCLE_RSS_BYTES = 768 * 2**20
 READ_BYTES = 1 << 20
 EXIT_WAIT_S = 2.0
+INHERITED = frozenset(
+    {"PATH", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONDONTWRITEBYTECODE", faults.VARIABLE}
+)
 SINGLE_THREADED = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -120,7 +124,9 @@ class _Process:
 
     def __init__(self, memory_bytes: int) -> None:
         root = Path(__file__).parents[2]
-        environment = {**os.environ, **dict.fromkeys(SINGLE_THREADED, "1"), "PYTHONPATH": str(root)}
+        # Nothing else: a decoder that strangers' bytes have taken over must not find passwords.
+        kept = {name: value for name, value in os.environ.items() if name in INHERITED}
+        environment = {**kept, **dict.fromkeys(SINGLE_THREADED, "1"), "PYTHONPATH": str(root)}
         self._child = subprocess.Popen(
             [sys.executable, "-P", "-m", "resources.decoding.worker", str(memory_bytes), str(os.getpid())],
             stdin=subprocess.PIPE,

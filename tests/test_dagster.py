@@ -1,0 +1,338 @@
+"""Dagster as users know it: `media-assets dev` driven through GraphQL as the UI does, and the groups in-process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+import wave
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import dagster as dg
+import numpy as np
+import psutil  # type: ignore[import-untyped]
+import pytest
+from PIL import Image
+
+from media_assets.groups import GROUPS, build_group
+from media_assets.partitions import MEDIA, add_partitions, range_tags
+from media_assets.versions import code_version
+from resources.library import Library
+from resources.registry import Upload, discover
+from resources.settings import Settings
+
+T = TypeVar("T")
+DECODE = GROUPS[0]
+DECODED = ("media", "frames", "audio")
+DEADLINE_S = 120.0
+POLL_S = 0.5
+REGISTER = """
+import json, sys
+from resources.library import Library
+from resources.registry import discover
+library = Library.open(sys.argv[1])
+print(json.dumps(library.registry.add(list(discover(sys.argv[2:])))))
+library.close()
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two photos, a tone, and a photo whose upload broke off."""
+    folder = tmp_path_factory.mktemp("media")
+    rng = np.random.default_rng(7)
+    for name in ("a_photo.jpg", "b_broken.jpg", "c_photo.jpg"):
+        pixels = rng.integers(0, 255, (12, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((320, 240)).save(folder / name, quality=90)
+    broken = folder / "b_broken.jpg"
+    broken.write_bytes(broken.read_bytes()[:300])  # within its tables
+    tone = (np.sin(np.arange(16_000) * 0.17) * 12_000).astype("<i2")
+    with wave.open(str(folder / "d_tone.wav"), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16_000)
+        file.writeframes(tone.tobytes())
+    return folder
+
+
+@dataclass(frozen=True, slots=True)
+class Dev:
+    """A running `media-assets dev`, and the media registered in its home, by file name."""
+
+    process: subprocess.Popen[str]
+    home: Path
+    port: int
+    ids: dict[str, str]
+
+    def graphql(self, query: str, **variables: Any) -> Any:
+        """`data` of a GraphQL answer."""
+        body = json.dumps({"query": query, "variables": variables}).encode()
+        url = f"http://127.0.0.1:{self.port}/graphql"
+        request = urllib.request.Request(url, body, {"content-type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as response:
+            answer = json.load(response)
+        assert "errors" not in answer, answer["errors"]
+        return answer["data"]
+
+    def asset(self, name: str, fields: str, **variables: str) -> Any:
+        """Fields of one asset node."""
+        declared = "".join(f", ${key}: String!" for key in variables)
+        query = (
+            f"query($key: AssetKeyInput!{declared}) {{assetNodeOrError(assetKey: $key) {{... on AssetNode {fields}}}}}"
+        )
+        return self.graphql(query, key={"path": [name]}, **variables)["assetNodeOrError"]
+
+
+def until(read: Callable[[], T | None], what: str) -> T:
+    """The first answer that is not None; fails at the deadline."""
+    deadline = time.monotonic() + DEADLINE_S
+    while time.monotonic() < deadline:
+        if (answer := read()) is not None:
+            return answer
+        threading.Event().wait(POLL_S)
+    raise AssertionError(f"{what}: not within {DEADLINE_S:.0f} s")
+
+
+def free_port() -> int:
+    """A port nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+@pytest.fixture(scope="module")
+def dev(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dev]:
+    """`media-assets dev` with its embedded Postgres, on a home where the media are registered."""
+    home, port = tmp_path_factory.mktemp("dev"), free_port()
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MEDIA_", "DAGSTER_"))}
+    paths = sorted(str(path) for path in folder.iterdir())
+    register = [sys.executable, "-c", REGISTER, str(home), *paths]
+    ids = json.loads(subprocess.run(register, env=environment, check=True, capture_output=True, text=True).stdout)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cli.main", "dev", "--home", str(home), "--port", str(port)],
+        env=environment,
+        text=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    running = Dev(process, home, port, dict(zip((Path(path).name for path in paths), ids, strict=True)))
+
+    def answers() -> bool | None:
+        assert process.poll() is None, process.stderr and process.stderr.read()[-2000:]
+        try:
+            return running.graphql("{version}") and True
+        except OSError:
+            return None
+
+    drain = threading.Thread(target=lambda: [None for _ in process.stderr or ()], daemon=True)
+    try:
+        until(answers, "the UI answers")
+        drain.start()
+        yield running
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(DEADLINE_S)
+
+
+@pytest.fixture(scope="module")
+def backfill(dev: Dev) -> dict[str, Any]:
+    """A backfill of all media over the decode group, launched as the UI launches it and come to its end."""
+    selector = {"repositoryName": "__repository__", "repositoryLocationName": "media-assets"}
+    for media_id in dev.ids.values():
+        added = dev.graphql(
+            "mutation($in: RepositorySelector!, $key: String!) {addDynamicPartition(repositorySelector: $in,"
+            ' partitionsDefName: "media", partitionKey: $key) {__typename}}',
+            **{"in": selector, "key": media_id},
+        )
+        assert added["addDynamicPartition"]["__typename"] == "AddDynamicPartitionSuccess"
+    launched = dev.graphql(
+        "mutation($what: LaunchBackfillParams!) {launchPartitionBackfill(backfillParams: $what)"
+        " {__typename ... on LaunchBackfillSuccess {backfillId}}}",
+        what={
+            "assetSelection": [{"path": [name]} for name in DECODED],
+            "partitionNames": list(dev.ids.values()),
+            "fromFailure": False,
+        },
+    )["launchPartitionBackfill"]
+    query = """query($id: String!) {partitionBackfillOrError(backfillId: $id) {... on PartitionBackfill {
+        status isAssetBackfill runs(limit: 50) {runId status}
+        assetBackfillData {assetBackfillStatuses {... on AssetPartitionsStatusCounts {
+            assetKey {path} numPartitionsTargeted numPartitionsMaterialized numPartitionsFailed}}}}}}"""
+
+    def ended() -> dict[str, Any] | None:
+        found: dict[str, Any] = dev.graphql(query, id=launched["backfillId"])["partitionBackfillOrError"]
+        return found if found["status"].startswith(("COMPLETED", "FAILED", "CANCELED")) else None
+
+    return until(ended, "the backfill ends")
+
+
+def test_the_code_location_loads_with_what_people_look_for(dev: Dev) -> None:
+    """Given `dev`, then the location has no error and every asset a group, kinds, owners and a description."""
+    entries = dev.graphql("""{workspaceOrError {... on Workspace {locationEntries {name loadStatus
+        locationOrLoadError {__typename}}}}}""")["workspaceOrError"]["locationEntries"]
+    assert [(entry["name"], entry["locationOrLoadError"]["__typename"]) for entry in entries] == [
+        ("media-assets", "RepositoryLocation")
+    ]
+    nodes = dev.graphql("{assetNodes {assetKey {path} groupName kinds description owners {__typename} pools}}")
+    by_name = {node["assetKey"]["path"][-1]: node for node in nodes["assetNodes"]}
+    for group in GROUPS:
+        for path in group.stages:
+            node = by_name[path.split(":")[0]]
+            assert node["groupName"] == group.name
+            assert node["kinds"]
+            assert node["owners"]
+            assert node["description"]
+            assert node["pools"] == ["gpu" if group.needs.gpus else "cpu"]
+
+
+def test_a_poisoned_item_fails_alone_in_a_backfill(dev: Dev, backfill: dict[str, Any]) -> None:
+    """Given a range with one broken upload, then its neighbours are materialized in one run and it is shown failed."""
+    statuses = {entry["assetKey"]["path"][0]: entry for entry in backfill["assetBackfillData"]["assetBackfillStatuses"]}
+    for name in DECODED:
+        assert statuses[name]["numPartitionsMaterialized"] == len(dev.ids) - 1, name
+        assert statuses[name]["numPartitionsFailed"] == 1, name
+        found = dev.asset(
+            name,
+            "{assetPartitionStatuses {... on DefaultPartitionStatuses"
+            " {materializedPartitions unmaterializedPartitions}}}",
+        )["assetPartitionStatuses"]
+        assert found["unmaterializedPartitions"] == [dev.ids["b_broken.jpg"]]
+        assert set(found["materializedPartitions"]) == set(dev.ids.values()) - {dev.ids["b_broken.jpg"]}
+    assert [run["status"] for run in backfill["runs"]] == ["SUCCESS"]
+
+
+def test_checks_tell_which_item_failed_and_why(dev: Dev, backfill: dict[str, Any]) -> None:
+    """Given the backfill, then the items check warns and names the bad item; the others' rows meet expectations."""
+    (run,) = backfill["runs"]
+    fields = """{assetChecksOrError {... on AssetChecks {checks {name executionForLatestMaterialization {
+        runId evaluation {success severity metadataEntries {
+            label ... on TableMetadataEntry {table {records}}}}}}}}}"""
+    for name in DECODED:
+        checks = {check["name"]: check for check in dev.asset(name, fields)["assetChecksOrError"]["checks"]}
+        executions = {key: check["executionForLatestMaterialization"] for key, check in checks.items()}
+        assert {execution["runId"] for execution in executions.values()} == {run["runId"]}
+        assert executions["expectations"]["evaluation"]["success"]
+        items = executions["items"]["evaluation"]
+        assert (items["success"], items["severity"]) == (False, "WARN")
+        entries = {entry["label"]: entry for entry in items["metadataEntries"]}
+        (row,) = [json.loads(record) for record in entries["failed items"]["table"]["records"]]
+        assert row["media_id"] == dev.ids["b_broken.jpg"]
+        assert row["error_class"] in ({"truncated", "undecodable"} if name == "media" else {"upstream_failed"})
+        assert "upload" in row["error"]
+
+
+def test_materializations_carry_figures_pictures_and_versions(dev: Dev, backfill: dict[str, Any]) -> None:
+    """Given a photo, then its frames tell rows, seconds, device and version, and hold a contact sheet."""
+    fields = """{opVersion staleStatus(partition: $id) staleCauses(partition: $id) {reason}
+        latestMaterializationByPartition(partitions: [$id]) {tags {key value} metadataEntries {
+            label ... on IntMetadataEntry {intValue} ... on FloatMetadataEntry {floatValue}
+            ... on TextMetadataEntry {text} ... on MarkdownMetadataEntry {mdStr}}}}"""
+    node = dev.asset("frames", fields, id=dev.ids["a_photo.jpg"])
+    (event,) = node["latestMaterializationByPartition"]
+    entries = {entry["label"]: entry for entry in event["metadataEntries"]}
+    assert entries["dagster/row_count"]["intValue"] == 1
+    assert entries["seconds"]["floatValue"] > 0
+    assert entries["device"]["text"] == "cpu"
+    assert entries["picture: contact sheet"]["mdStr"].startswith("![contact sheet](data:image/")
+    tags = {tag["key"]: tag["value"] for tag in event["tags"]}
+    stages = {stage.name: stage for stage in DECODE.load(Settings.load(dev.home), Library.open(dev.home).models)}
+    assert tags["dagster/code_version"] == node["opVersion"] == code_version(stages["frames"])
+    assert tags["dagster/data_version"] == entries["version"]["text"]
+    assert (node["staleStatus"], node["staleCauses"]) == ("FRESH", [])
+
+
+def test_a_second_dev_is_refused(dev: Dev) -> None:
+    """Given a running `dev`, when another starts on its port or on its home, then it says why not and exits 2."""
+    for port, reason in ((dev.port, f"Port {dev.port} is in use"), (free_port(), "Another `media-assets dev`")):
+        command = [sys.executable, "-m", "cli.main", "dev", "--home", str(dev.home), "--port", str(port)]
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("MEDIA_")}
+        refused = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert refused.returncode == 2
+        assert reason in refused.stderr
+
+
+def test_ctrl_c_stops_everything(dev: Dev, backfill: dict[str, Any]) -> None:
+    """Given `dev` after a backfill, when it is interrupted, then it ends well and no process of it is left."""
+    process = psutil.Process(dev.process.pid)
+    server = psutil.Process(int((dev.home / "postgres" / "postmaster.pid").read_text().splitlines()[0]))
+    family = [server, *server.children(recursive=True), *process.children(recursive=True)]
+    assert len(family) > 5
+    dev.process.send_signal(signal.SIGINT)
+    assert dev.process.wait(DEADLINE_S) == 0
+    _, left = psutil.wait_procs(family, timeout=10)
+    assert left == []
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    """The decode group on a library, run in this process."""
+
+    library: Library
+    instance: dg.DagsterInstance
+    ids: list[str]
+
+    def run(self, *assets: str, keys: list[str] | None = None) -> dg.ExecuteInProcessResult:
+        """Materialize over all items as a range, or over `keys` by config."""
+        group = build_group(DECODE, self.library.settings, self.library.models)
+        job = dg.Definitions(
+            assets=[group],
+            jobs=[dg.define_asset_job("decode_job", dg.AssetSelection.assets(*assets).without_checks())],
+            resources={"media": dg.ResourceDefinition(lambda _: self.library)},
+        ).resolve_job_def("decode_job")
+        config = {"ops": {DECODE.name: {"config": {"keys": keys}}}} if keys else None
+        tags = range_tags(keys[0], keys[0]) if keys else range_tags(self.ids[0], self.ids[-1])
+        return job.execute_in_process(instance=self.instance, run_config=config, tags=tags)
+
+    def made(self, result: dg.ExecuteInProcessResult, asset: str) -> dict[str, dg.AssetMaterialization]:
+        """Materializations of an asset in a run, by media ID."""
+        events = result.asset_materializations_for_node(DECODE.name)
+        return {str(event.partition): event for event in events if event.asset_key == dg.AssetKey(asset)}
+
+
+@pytest.fixture
+def local(library: Library, folder: Path) -> Iterator[Local]:
+    """An empty library with the media registered, and an instance in memory."""
+    uploads = [found for found in discover(sorted(str(path) for path in folder.iterdir())) if isinstance(found, Upload)]
+    ids = library.registry.add(uploads)
+    with dg.DagsterInstance.ephemeral() as instance:
+        add_partitions(instance, MEDIA, ids)
+        yield Local(library, instance, ids)
+
+
+def test_a_range_and_a_list_mean_the_same_items(local: Local) -> None:
+    """Given a run over a range, when a list in the config names two of its items, then those are mirrored again."""
+    good = [local.ids[0], local.ids[2], local.ids[3]]
+    by_range = local.run(*DECODED)
+    for name in DECODED:
+        assert sorted(local.made(by_range, name)) == sorted(good)
+    by_list = local.made(local.run(*DECODED, keys=good[1:]), "frames")
+    assert sorted(by_list) == sorted(good[1:])
+    assert {event.metadata["how"].value for event in by_list.values()} == {"reused"}
+
+
+def test_provenance_names_the_version_and_event_of_the_input(local: Local) -> None:
+    """Given `media` made in an earlier run, or in the same one, then `frames` points at that very materialization."""
+    item = local.ids[0]
+    pointers = []
+    for runs in (("media",), ("frames",)), (("media", "frames"),):
+        for assets in runs:
+            result = local.run(*assets)
+        tags = local.made(result, "frames")[item].tags or {}
+        wanted = dg.AssetRecordsFilter(asset_key=dg.AssetKey("media"), asset_partitions=[item])
+        (latest,) = local.instance.fetch_materializations(wanted, limit=1).records
+        assert latest.asset_materialization is not None
+        made = latest.asset_materialization.tags or {}
+        assert tags["dagster/input_data_version/media"] == made["dagster/data_version"]
+        assert int(tags["dagster/input_event_pointer/media"]) == latest.storage_id
+        pointers.append(latest.storage_id)
+    assert pointers[0] < pointers[1]
