@@ -5,7 +5,9 @@ from __future__ import annotations
 import dagster as dg
 
 from media_assets.buckets import key
+from media_assets.global_assets import library_digest, rebuilt_digest
 from media_assets.partitions import range_tags
+from resources.library import Library
 
 rebuild_job = dg.define_asset_job(
     name="rebuild",
@@ -23,8 +25,12 @@ def build_rebuild_schedule(buckets: int) -> dg.ScheduleDefinition:
         cron_schedule="*/15 * * * *",
         default_status=dg.DefaultScheduleStatus.RUNNING,
         description="Rebuilds what spans items when anything came, went or changed.",
+        required_resource_keys={"media"},
     )
-    def rebuild_every_15_minutes() -> dg.RunRequest:
+    def rebuild_every_15_minutes(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
+        library: Library = context.resources.media
+        if library_digest(library) == rebuilt_digest(library):
+            return dg.SkipReason("Nothing came, went or changed since the last rebuild.")
         return dg.RunRequest(tags=range_tags(key(0), key(buckets - 1)))
 
     return rebuild_every_15_minutes

