@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -24,9 +25,11 @@ class Reporter:
         self._started = time.monotonic()
         self._last = 0.0
         self._finished = False
+        self.facts: dict[str, Counter[str]] = {}
 
     def __call__(self, group: str, progress: Progress) -> None:
         """Draw when it is time to."""
+        self.facts = progress.facts
         now = time.monotonic()
         finished = progress.items_done == progress.items
         if self._finished or (not finished and now - self._last < (_EVERY_LIVE_S if self._live else _EVERY_S)):

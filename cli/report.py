@@ -48,6 +48,7 @@ def show_summary(library: Library, summary: Summary) -> None:
     if not summary.runs:
         _out.print(f"Nothing to do: all {summary.items} items are up to date ({summary.seconds_total} s).")
         return
+    _spared(summary.facts.get("ocr_text", {}))
     _out.print(f"{summary.items} items in {summary.seconds_total:.0f} s. State is in {_shown(library.settings.home)}.")
     _examples(library)
     home = f" --home {_shown(library.settings.home)}"
@@ -80,6 +81,16 @@ def _outcome_table(
             cells += [str(computed.get(asset, 0)), f"{(seconds or {}).get(asset, 0.0):.1f}"]
         table.add_row(asset, *cells)
     _out.print(table)
+
+
+def _spared(facts: dict[str, int]) -> None:
+    if stills := facts.get("stills", 0):
+        reasons = ", ".join(
+            f"{count} {name.removeprefix('stills_spared_').replace('_', ' ')}"
+            for name, count in facts.items()
+            if name.startswith("stills_spared_") and count
+        )
+        _out.print(f"OCR read {facts.get('stills_read', 0)} of {stills} stills; spared: {reasons or 'none'}.")
 
 
 def _problems(problems: Sequence[dict[str, str]]) -> None:

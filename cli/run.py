@@ -34,6 +34,7 @@ class Summary:
     failures: list[dict[str, Any]] = field(default_factory=list)
     computed: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, dict[str, int]] = field(default_factory=dict)
     seconds_total: float = 0.0
     runs: list[str] = field(default_factory=list)
 
@@ -146,7 +147,7 @@ class Work:
             from media_assets.definitions import build
 
             self._definitions = build(self.library)
-        self.library.reporter = Reporter(self.console)
+        self.library.reporter = reporter = Reporter(self.console)
         result = self._definitions.resolve_job_def(job).execute_in_process(
             instance=instance,
             run_config={
@@ -158,6 +159,10 @@ class Work:
             raise_on_error=True,
         )
         self.summary.runs.append(result.run_id)
+        for asset, counts in reporter.facts.items():
+            known = self.summary.facts.setdefault(asset, {})
+            for name, count in counts.items():
+                known[name] = known.get(name, 0) + count
 
     # -- the account --------------------------------------------------------------------------------------
 

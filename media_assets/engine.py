@@ -62,7 +62,10 @@ class Result:
 
 @dataclass(slots=True)
 class Progress:
-    """Counts of a running batch; the engine keeps them, a reporter draws them. A task is one stage of one item."""
+    """Counts of a running batch; the engine keeps them, a reporter draws them.
+
+    A task is one stage of one item; `facts` are the sums of what the stages counted.
+    """
 
     items: int
     tasks: int
@@ -70,6 +73,7 @@ class Progress:
     settled: Counter[tuple[str, str]] = field(default_factory=Counter)
     units: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, Counter[str]] = field(default_factory=dict)
     running: str = ""
 
     @property
@@ -588,6 +592,8 @@ class _Batch:
             self.progress.seconds[name] = self.progress.seconds.get(name, 0.0) + task.seconds
         facts = product.facts if product else {}
         previews = product.previews if product else {}
+        sums = self.progress.facts.setdefault(name, Counter())
+        sums.update({fact: value for fact, value in facts.items() if isinstance(value, int)})
         self.settled.append(Result(task.media_id, name, how, outcome, facts, previews))
         for follower in self._followers(task):
             self._start(follower)

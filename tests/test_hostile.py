@@ -20,13 +20,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from media_assets.media import storable
 from resources import errors
 from resources.decoding import protocol
 from resources.decoding.client import Decoded, Decoder, Probed, _Collector
 from resources.decoding.pool import DecoderPool, Message
 from resources.decoding.sources import localize
 from resources.errors import MediaError
+from resources.registry import uri_of
 from resources.settings import Decoding, Limits
 
 LIMITS = Limits()
@@ -230,7 +230,9 @@ def test_odd_names_are_only_names(decoder: Decoder, tmp_path: Path, name: bytes)
     with open(path, "wb") as file:
         file.write(data)
     assert probe(decoder, path).facts.kind == "video"
-    storable(os.fsdecode(path)).encode("utf-8")
+    uri = uri_of(os.fsdecode(path))
+    assert decoder.probe(localize(uri, 10**9)).facts.kind == "video"
+    assert uri.encode("utf-8")
 
 
 def test_what_cannot_be_opened_is_unreadable(decoder: Decoder, tmp_path: Path) -> None:
