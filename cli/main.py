@@ -9,14 +9,32 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from cli.exit_codes import Exit
 
 if TYPE_CHECKING:
     from resources.library import Library
 
+INTERRUPTS = ("KeyboardInterrupt", "DagsterExecutionInterruptedError")
+
+
+class Commands(TyperGroup):
+    """The commands; an interrupt ends any of them with a sentence instead of the library's own `Aborted!`."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except BaseException as error:
+            if type(error).__name__ not in INTERRUPTS:
+                raise
+            return _stop("Interrupted. What is finished is kept; run the same command to go on.", Exit.INTERRUPTED)
+
+
 app = typer.Typer(
     name="media-assets",
+    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -250,8 +268,6 @@ def main() -> None:
     """Entry point: errors that have a remedy are said in one sentence, with the exit code of their family."""
     try:
         app()
-    except KeyboardInterrupt:
-        _stop("Interrupted. What is finished is kept; run the same command to go on.", Exit.INTERRUPTED)
     except Exception as error:  # noqa: BLE001 - the outermost place; unknown errors show their traceback
         _explain(error)
 

@@ -68,10 +68,10 @@ def test_remote_folders_are_listed_through_fsspec() -> None:
     import fsspec
 
     system = fsspec.filesystem("memory")
-    system.pipe("/bucket/a clip.mp4", b"12345")
-    (found,) = list(discover(["memory://bucket"]))
+    system.pipe("/listing/a clip.mp4", b"12345")
+    (found,) = list(discover(["memory://listing"]))
     assert isinstance(found, Upload)
-    assert (found.uri, found.bytes, found.source) == ("memory://bucket/a clip.mp4", 5, "memory")
+    assert (found.uri, found.bytes, found.source) == ("memory://listing/a clip.mp4", 5, "memory")
     (problem,) = list(discover(["nosuchscheme://bucket"]))
     assert isinstance(problem, Problem)
 
