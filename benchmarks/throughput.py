@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import random
 import subprocess
@@ -127,10 +128,13 @@ def engine(root: Path, uploads: Sequence[Upload], models: Any, console: Console)
 def one_run_per_item(root: Path, uploads: Sequence[Upload]) -> float:
     """Seconds of a process per item."""
 
+    # The engine's run has named its own database in this process's environment.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MEDIA_", "DAGSTER_"))}
+
     def launch() -> None:
         for upload in uploads:
             command = [sys.executable, "-m", "cli.main", "run", upload.uri, "--home", str(root), "--json"]
-            subprocess.run(command, cwd=PROJECT, check=True, capture_output=True)
+            subprocess.run(command, cwd=PROJECT, check=True, capture_output=True, env=environment)
 
     return timed(launch)
 
