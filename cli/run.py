@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from media_assets.stage import MediaItem, Stage
 
 SPANNING = ("catalog", "index_shard", "near_duplicates")
-EVALS = ("asr", "ocr", "shots", "retrieval", "moderation", "duplicates")
 
 
 @dataclass(slots=True)

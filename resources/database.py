@@ -14,7 +14,6 @@ import sqlalchemy as sa
 from resources.errors import MediaError
 from resources.settings import Settings
 
-DATABASE = "media"
 LOCK_NAMESPACE = 0x6D65  # advisory locks of this project: "me"
 
 
