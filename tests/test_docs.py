@@ -15,7 +15,8 @@ from pydantic import BaseModel
 
 from cli.exit_codes import Exit
 from cli.main import app
-from cli.run import EVALS, SPANNING
+from cli.run import SPANNING
+from evals.evaluate import EVALS
 from media_assets import schemas
 from resources import errors, outcomes
 from resources.models.registry import CATALOGUE
