@@ -287,6 +287,7 @@ def _explain(error: Exception) -> None:
 
 _FAMILIES: dict[str, Exit] = {
     "database_unavailable": Exit.DATABASE,
+    "storage_mismatch": Exit.DATABASE,
     "model_unavailable": Exit.MODEL,
     "bad_query": Exit.QUERY,
     "bad_search": Exit.QUERY,

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import insert
 
 from resources.errors import MediaError
+from resources.records import library_state
 from resources.settings import Settings
 
 LOCK_NAMESPACE = 0x6D65  # advisory locks of this project: "me"
@@ -22,6 +24,13 @@ class DatabaseUnavailable(MediaError):
 
     code, retryable, http_status = "database_unavailable", True, 503
     remedy = "Check MEDIA_DATABASE_URL, or the log in <home>/postgres/log of the embedded server."
+
+
+class StorageMismatch(MediaError):
+    """The database belongs to other derived files."""
+
+    code, http_status = "storage_mismatch", 409
+    remedy = "Use the MEDIA_DATABASE_URL, --home and MEDIA_STORAGE_URL that belong together, or an empty database."
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +54,20 @@ class Database:
         except sa.exc.OperationalError as error:
             raise DatabaseUnavailable(f"The database does not answer: {str(error.orig).splitlines()[0]}.") from error
         return database
+
+    def belongs_to(self, storage: str) -> None:
+        """Bind the database to the storage of its derived files, once. Raises StorageMismatch for another.
+
+        Records of one library with files of another would claim what is not there.
+        """
+        statement = insert(library_state).values(name="storage", value=storage).on_conflict_do_nothing()
+        with self.engine.begin() as connection:
+            connection.execute(statement)
+            kept = connection.execute(
+                sa.select(library_state.c.value).where(library_state.c.name == "storage")
+            ).scalar()
+        if kept != storage:
+            raise StorageMismatch(f"This database keeps the records of the files in {kept}, not of those in {storage}.")
 
     def close(self) -> None:
         """Close pooled connections."""

@@ -42,8 +42,17 @@ class Library:
 
     @cached_property
     def database(self) -> Database:
-        """The Postgres database; starts the embedded server when none is configured."""
-        return Database.open(self.settings)
+        """The Postgres database; starts the embedded server when none is configured.
+
+        Raises DatabaseUnavailable, and StorageMismatch when its records are of other files than `store`.
+        """
+        database = Database.open(self.settings)
+        try:
+            database.belongs_to(str(self.store.root))
+        except BaseException:
+            database.close()
+            raise
+        return database
 
     @cached_property
     def outcomes(self) -> OutcomeStore:

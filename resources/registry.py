@@ -17,8 +17,8 @@ from urllib.parse import quote_from_bytes, unquote_to_bytes
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
 
-from resources.database import Database
-from resources.records import uploads
+from resources.database import LOCK_NAMESPACE, Database
+from resources.records import removals, uploads
 
 _CHUNK = 5000
 _FILE_SCHEME = "file://"
@@ -26,18 +26,43 @@ _FILE_SCHEME = "file://"
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """A media file as discovered. `uri` is the absolute path or the URL, always valid UTF-8."""
+    """One version of a media file as discovered. `uri` is the absolute path or the URL, always valid UTF-8.
+
+    `observed_at` is when this version was known to be the current one: the time of an S3 event, the moment
+    before a listing; None means now. `sequencer` orders events of one key within the same instant.
+    """
 
     uri: str
     etag: str
     bytes: int | None
     modified_at: datetime | None
     source: str = "folder"
+    object_version: str | None = None
+    observed_at: datetime | None = None
+    sequencer: str = ""
 
     @property
     def media_id(self) -> str:
         """`<slug of the file name>-<12 hex of BLAKE2b(uri, etag)>`, characters [a-z0-9-]."""
         return media_id(self.uri, self.etag)
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """A URI whose object is gone since `observed_at` (None: now); older versions of it stay gone."""
+
+    uri: str
+    observed_at: datetime | None = None
+    sequencer: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """What one call of `Registry.register` changed."""
+
+    media_ids: tuple[str, ...]
+    new: tuple[str, ...]
+    removed: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,46 +152,38 @@ def _discover_remote(url: str) -> Iterator[Upload | Problem]:
 
 
 class Registry:
-    """Reads and writes the `uploads` table."""
+    """Reads and writes the `uploads` table.
+
+    Whatever the order, the number of times and the number of processes in which uploads and removals are
+    told: of all versions of a URI, the one observed last is `live`, the older ones are `superseded`; a
+    removal observed later makes it `removed`. A purged version stays purged.
+    """
 
     def __init__(self, database: Database) -> None:
         self._engine = database.engine
 
     def add(self, found: Sequence[Upload]) -> list[str]:
-        """Register uploads; adding again is harmless. Older versions of the same URI are superseded.
+        """Register uploads; returns their media IDs, in order and without repeats."""
+        return list(self.register(found).media_ids)
 
-        Returns the media IDs, in order and without repeats; two processes may add the same at once.
+    def register(self, found: Sequence[Upload] = (), gone: Sequence[Removal] = (), priority: int = 0) -> Registered:
+        """Register uploads and removals; telling the same again is harmless.
+
+        Each chunk of 5,000 is one transaction. `priority` is the planner's for new uploads: lower goes first.
         """
-        for start in range(0, len(found), _CHUNK):
-            chunk = {upload.media_id: upload for upload in found[start : start + _CHUNK]}
-            rows = [
-                {
-                    "media_id": key,
-                    "uri": upload.uri,
-                    "etag": upload.etag,
-                    "bytes": upload.bytes,
-                    "modified_at": upload.modified_at,
-                    "source": upload.source,
-                    "state": "live",
-                }
-                for key, upload in chunk.items()
-            ]
-            if not rows:
-                continue
-            statement = insert(uploads).values(rows)
-            live = statement.on_conflict_do_update(index_elements=["media_id"], set_={"state": "live"})
+        now = datetime.now(UTC)
+        new: list[str] = []
+        removed: list[str] = []
+        for start in range(0, max(len(found), len(gone)), _CHUNK):
+            chunk, lost = found[start : start + _CHUNK], gone[start : start + _CHUNK]
             with self._engine.begin() as connection:
-                connection.execute(live)
-                connection.execute(
-                    sa.update(uploads)
-                    .where(
-                        uploads.c.uri.in_([row["uri"] for row in rows]),
-                        uploads.c.media_id.not_in(list(chunk)),
-                        uploads.c.state == "live",
-                    )
-                    .values(state="superseded")
-                )
-        return list(dict.fromkeys(upload.media_id for upload in found))
+                # Writers take turns: two of them could otherwise judge the versions of one URI at once.
+                connection.execute(sa.text("select pg_advisory_xact_lock(:space, 1)"), {"space": LOCK_NAMESPACE})
+                new += _upsert_uploads(connection, chunk, now, priority)
+                _upsert_removals(connection, lost, now)
+                removed += _settle_versions(connection, {e.uri for e in chunk} | {e.uri for e in lost})
+        ids = dict.fromkeys(upload.media_id for upload in found)
+        return Registered(tuple(ids), tuple(new), tuple(removed))
 
     def live(self, media_ids: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """Rows of live uploads (all, or these), by discovery and then by ID."""
@@ -180,3 +197,117 @@ class Registry:
                 chunk = query.where(uploads.c.media_id.in_(media_ids[start : start + _CHUNK]))
                 found.extend(dict(row) for row in connection.execute(chunk).mappings())
         return found
+
+    def known(self, keys: Sequence[str]) -> dict[str, str]:
+        """State of these media IDs, where they are registered."""
+        found: dict[str, str] = {}
+        with self._engine.connect() as connection:
+            for start in range(0, len(keys), _CHUNK):
+                query = sa.select(uploads.c.media_id, uploads.c.state).where(
+                    uploads.c.media_id.in_(keys[start : start + _CHUNK])
+                )
+                found.update({row[0]: row[1] for row in connection.execute(query)})
+        return found
+
+    def live_below(self, prefix: str) -> dict[str, str]:
+        """Media ID of every live upload whose URI begins with `prefix`, by URI."""
+        query = sa.select(uploads.c.uri, uploads.c.media_id).where(
+            uploads.c.state == "live", uploads.c.uri.startswith(prefix, autoescape=True)
+        )
+        with self._engine.connect() as connection:
+            return {row[0]: row[1] for row in connection.execute(query)}
+
+
+def _upsert_uploads(connection: sa.Connection, found: Sequence[Upload], now: datetime, priority: int) -> list[str]:
+    latest: dict[str, Upload] = {}
+    for upload in found:
+        known = latest.get(upload.media_id)
+        if known is None or _order(upload, now) >= _order(known, now):
+            latest[upload.media_id] = upload
+    if not latest:
+        return []
+    rows = [
+        {
+            "media_id": key,
+            "uri": upload.uri,
+            "etag": upload.etag,
+            "object_version": upload.object_version,
+            "bytes": upload.bytes,
+            "modified_at": upload.modified_at,
+            "source": upload.source,
+            "observed_at": upload.observed_at or now,
+            "sequencer": upload.sequencer,
+            "state": "superseded",  # until the versions of its URI are settled
+            "priority": priority,
+        }
+        for key, upload in latest.items()
+    ]
+    known_ids: set[str] = set(
+        connection.execute(sa.select(uploads.c.media_id).where(uploads.c.media_id.in_(list(latest)))).scalars()
+    )
+    statement = insert(uploads).values(rows)
+    newer = {name: statement.excluded[name] for name in ("observed_at", "sequencer", "object_version")}
+    connection.execute(
+        statement.on_conflict_do_update(
+            index_elements=["media_id"],
+            set_=newer,
+            where=sa.tuple_(uploads.c.observed_at, uploads.c.sequencer)
+            < sa.tuple_(statement.excluded.observed_at, statement.excluded.sequencer),
+        )
+    )
+    return [key for key in latest if key not in known_ids]
+
+
+def _upsert_removals(connection: sa.Connection, gone: Sequence[Removal], now: datetime) -> None:
+    latest: dict[str, Removal] = {}
+    for removal in gone:
+        known = latest.get(removal.uri)
+        if known is None or _order(removal, now) >= _order(known, now):
+            latest[removal.uri] = removal
+    if not latest:
+        return
+    statement = insert(removals).values(
+        [
+            {"uri": uri, "observed_at": removal.observed_at or now, "sequencer": removal.sequencer}
+            for uri, removal in latest.items()
+        ]
+    )
+    connection.execute(
+        statement.on_conflict_do_update(
+            index_elements=["uri"],
+            set_={"observed_at": statement.excluded.observed_at, "sequencer": statement.excluded.sequencer},
+            where=sa.tuple_(removals.c.observed_at, removals.c.sequencer)
+            < sa.tuple_(statement.excluded.observed_at, statement.excluded.sequencer),
+        )
+    )
+
+
+def _order(entry: Upload | Removal, now: datetime) -> tuple[datetime, str]:
+    return entry.observed_at or now, entry.sequencer
+
+
+_SETTLE = sa.text(
+    """
+    with ranked as (
+        select u.media_id, u.state,
+            row_number() over (partition by u.uri order by u.observed_at desc, u.sequencer desc, u.media_id) as place,
+            coalesce((r.observed_at, r.sequencer) > (u.observed_at, u.sequencer), false) as gone
+        from uploads u left join removals r using (uri)
+        where u.uri = any(:uris)
+    ), judged as (
+        select media_id, state as before,
+            case when state = 'purged' then 'purged' when place > 1 then 'superseded'
+                when gone then 'removed' else 'live' end as state
+        from ranked
+    )
+    update uploads u set state = j.state, changed_at = clock_timestamp()
+    from judged j where u.media_id = j.media_id and u.state <> j.state
+    returning u.media_id, j.before, j.state
+    """
+)
+
+
+def _settle_versions(connection: sa.Connection, uris: set[str]) -> list[str]:
+    """Judge every version of these URIs; returns the media IDs that were live and are not any more."""
+    changed = connection.execute(_SETTLE, {"uris": sorted(uris)})
+    return [row[0] for row in changed if row[1] == "live"]

@@ -57,6 +57,55 @@ class Index(_Section):
     min_recall: float = Field(0.95, ge=0, le=1, description="recall@10 a new shard needs against exact search")
 
 
+class S3(_Section):
+    """How S3, and any store that speaks its protocol, is reached. Credentials come from AWS' own chain."""
+
+    endpoint_url: str | None = Field(None, description="endpoint of an S3-compatible store; default: AWS")
+    region: str | None = Field(None, description="AWS region; default: AWS' own configuration")
+    max_attempts: int = Field(5, ge=1, description="attempts of one request, with AWS' adaptive back-off")
+    connect_timeout_s: float = Field(5.0, gt=0, description="time to connect, seconds")
+    read_timeout_s: float = Field(60.0, gt=0, description="time between two bytes of an answer, seconds")
+    part_bytes: int = Field(16 * 2**20, ge=5 * 2**20, description="size above which, and of which, parts are uploaded")
+    block_bytes: int = Field(4 * 2**20, ge=2**16, description="bytes fetched per ranged read of a media file")
+
+
+class Ingestion(_Section):
+    """Where uploads come from. The sensors whose source is not set skip with that reason."""
+
+    folders: tuple[str, ...] = Field((), description="folders that folder_sensor watches")
+    folder_quiet_s: float = Field(5.0, ge=0, description="a file unchanged for this long counts as written, seconds")
+    queue_url: str | None = Field(None, description="SQS queue fed by S3 event notifications")
+    dead_letter_url: str | None = Field(None, description="SQS queue for messages that cannot be understood")
+    queue_endpoint_url: str | None = Field(None, description="endpoint of an SQS-compatible service; default: AWS")
+    max_messages_per_tick: int = Field(20_000, ge=1, description="SQS messages one tick takes at most")
+    prefixes: tuple[str, ...] = Field((), description="s3://bucket/prefix locations that s3_inventory_sensor lists")
+    inventory_every_s: float = Field(3600.0, ge=0, description="pause between two full listings of a prefix, seconds")
+    inventory_page: int = Field(1000, ge=1, le=1000, description="keys per page of a listing")
+    tick_budget_s: float = Field(25.0, gt=0, lt=55, description="wall time of one tick; Dagster ends it at 60, seconds")
+
+
+class Planner(_Section):
+    """How pending work becomes runs."""
+
+    interval_s: int = Field(10, ge=1, description="pause between two ticks of planner_sensor, seconds")
+    max_in_flight: int = Field(2, ge=1, description="batches in flight per group; the rest waits in the registry")
+    lookahead: int = Field(5_000, ge=1, description="unsettled items one tick looks at")
+    batch_seconds: float = Field(900.0, gt=0, description="expected seconds of work at which a batch is full")
+    long_s: float = Field(120.0, gt=0, description="expected seconds from which an item rides with long ones only")
+    max_wait_s: float = Field(60.0, ge=0, description="longest wait of an item for its batch to fill, seconds")
+    lost_after_s: float = Field(600.0, gt=0, description="a requested batch without a run is given up after, seconds")
+
+
+class Alerts(_Section):
+    """Where failures are posted."""
+
+    webhook_url: str | None = Field(None, description="URL that gets a POST per failure; default: none")
+    format: Literal["json", "slack"] = Field("json", description="body: generic JSON, or Slack's `text`")
+    min_interval_s: float = Field(
+        60.0, ge=0, description="pause between two posts, seconds; failures within it are joined"
+    )
+
+
 class Settings(BaseSettings):
     """All settings of one installation.
 
@@ -77,6 +126,10 @@ class Settings(BaseSettings):
     decoding: Decoding = Decoding()
     engine: Engine = Engine()
     index: Index = Index()
+    s3: S3 = S3()
+    ingestion: Ingestion = Ingestion()
+    planner: Planner = Planner()
+    alerts: Alerts = Alerts()
 
     @classmethod
     def settings_customise_sources(

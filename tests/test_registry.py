@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resources.database import Database
-from resources.registry import Problem, Registry, Upload, discover, local_path, media_id, uri_of
+from resources.database import Database, StorageMismatch
+from resources.library import Library
+from resources.registry import Problem, Registry, Removal, Upload, discover, local_path, media_id, uri_of
+from resources.settings import Settings
 
 
 def uploads(*paths: Path) -> list[Upload]:
@@ -97,3 +102,57 @@ def test_adding_many_at_once(database: Database, count: int) -> None:
     assert len(registry.add(found)) == count
     registry.add(found[: count // 2])
     assert len(registry.live()) == count
+
+
+def test_versions_settle_the_same_in_any_order(database: Database) -> None:
+    """Given creations and removals of one key told in every order and twice, then the last one told of decides."""
+    start = datetime(2026, 1, 1, tzinfo=UTC)
+
+    def upload(etag: str, second: int, sequencer: str = "") -> Upload:
+        return Upload("s3://bucket/a.mp4", etag, 1, None, "s3", None, start + timedelta(seconds=second), sequencer)
+
+    def removal(second: int) -> Removal:
+        return Removal("s3://bucket/a.mp4", start + timedelta(seconds=second))
+
+    one, two, tie = upload("one", 1, "0A"), upload("two", 3, "0B"), upload("tie", 3, "0C")
+    histories: list[tuple[list[Upload | Removal], dict[str, str]]] = [
+        ([one, two], {"one": "superseded", "two": "live"}),
+        ([one, two, removal(2)], {"one": "superseded", "two": "live"}),
+        ([one, two, removal(4)], {"one": "superseded", "two": "removed"}),
+        ([one, removal(2)], {"one": "removed"}),
+        ([two, tie], {"two": "superseded", "tie": "live"}),
+    ]
+    registry = Registry(database)
+    for history, expected in histories:
+        for told in itertools.permutations([*history, history[0]]):
+            with database.engine.begin() as connection:
+                connection.execute(sa.text("truncate uploads, removals"))
+            for entry in told:
+                if isinstance(entry, Upload):
+                    registry.register([entry])
+                else:
+                    registry.register(gone=[entry])
+            with database.engine.connect() as connection:
+                rows = connection.execute(sa.text("select etag, state from uploads")).all()
+            assert {row[0]: row[1] for row in rows} == expected, told
+
+
+def test_a_purged_upload_stays_purged(database: Database, tmp_path: Path) -> None:
+    """Given an upload whose bytes were purged, when it is discovered again, then it does not come back."""
+    (tmp_path / "a.txt").write_text("a")
+    registry = Registry(database)
+    (first,) = registry.add(uploads(tmp_path))
+    with database.engine.begin() as connection:
+        connection.execute(sa.text("update uploads set state = 'purged'"))
+    assert registry.register(uploads(tmp_path)).new == ()
+    assert registry.known([first]) == {first: "purged"}
+    assert registry.live() == []
+
+
+def test_a_database_refuses_the_files_of_another_library(library: Library, tmp_path: Path) -> None:
+    """Given a database in use, when a library with other files opens it, then it is refused with a remedy."""
+    assert library.registry.live() == []
+    other = Library(Settings(home=tmp_path / "other", database_url=library.settings.database_url))
+    with pytest.raises(StorageMismatch, match="belong together"):
+        _ = other.registry
+    other.close()
