@@ -147,6 +147,31 @@ def status(
 
 
 @app.command()
+def plan(
+    home: HomeOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Judge the backlog now and show what would run; changes nothing.")
+    ] = False,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Unsettled items a dry run looks at.")] = 100_000,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what the planner decided last and what is in flight; or what it would run, for how long.
+
+    Example: [bold]media-assets plan --dry-run[/bold]
+    """
+    from cli.planning import show_dry_run, show_plan
+
+    library = _open(home)
+    try:
+        if dry_run:
+            show_dry_run(library, limit, as_json)
+        else:
+            show_plan(library, as_json)
+    finally:
+        library.close()
+
+
+@app.command()
 def retry(
     media_ids: Annotated[list[str] | None, typer.Argument(help="Only these items.", show_default=False)] = None,
     home: HomeOption = None,

@@ -16,6 +16,17 @@ rebuild_job = dg.define_asset_job(
 )
 
 
+def rebuild_request(library: Library) -> dg.RunRequest | None:
+    """The run of a rebuild where anything came, went or changed since the last one, else None."""
+    digest = library_digest(library)
+    if digest == rebuilt_digest(library):
+        return None
+    buckets = library.settings.index.buckets
+    return dg.RunRequest(
+        run_key=f"rebuild-{digest}", job_name=rebuild_job.name, tags=range_tags(key(0), key(buckets - 1))
+    )
+
+
 def build_rebuild_schedule(buckets: int) -> dg.ScheduleDefinition:
     """The schedule that rebuilds all `buckets`; unchanged ones cost a look at their manifest."""
 

@@ -16,6 +16,7 @@ from jobs.rebuild import build_rebuild_schedule, rebuild_job  # noqa: E402
 from media_assets.global_assets import build_global_assets  # noqa: E402
 from media_assets.groups import GROUPS, build_group  # noqa: E402
 from resources.library import Library  # noqa: E402
+from sensors.planner import build_planner_sensor  # noqa: E402
 
 uploads = dg.AssetSpec(
     "uploads",
@@ -38,6 +39,9 @@ def build(library: Library) -> dg.Definitions:
         asset_checks=eval_checks,
         jobs=[*processing_jobs, rebuild_job],
         schedules=[build_rebuild_schedule(settings.index.buckets)],
+        sensors=[
+            build_planner_sensor(settings, [*processing_jobs, rebuild_job]),
+        ],
         resources={"media": dg.ResourceDefinition(lambda _: library)},
         executor=dg.in_process_executor,
     )

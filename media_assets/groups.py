@@ -79,6 +79,12 @@ def _stage_class(path: str) -> type[Stage[Any, Any]]:
     return found
 
 
+def one_at_a_time(settings: Settings) -> Settings:
+    """Settings of a batch whose items are suspected of killing the process."""
+    engine = settings.engine.model_copy(update={"window": 1, "prepare_threads": 1})
+    return settings.model_copy(update={"engine": engine})
+
+
 def media_items(library: Library, keys: Sequence[str]) -> list[MediaItem]:
     """The live items among `keys`, in their order."""
     rows = {row["media_id"]: row for row in library.registry.live(keys)}
@@ -107,7 +113,7 @@ def build_group(group: Group, settings: Settings, models: ModelRegistry) -> dg.A
         batch = media_items(library, batch_keys(context, config))
         selected = [stage for stage in group.load(library.settings, library.models) if stage.name in wanted]
         if selected:
-            yield from _materialize(context, library, selected, batch)
+            yield from _materialize(context, library, selected, batch, config.careful)
         for check in context.selected_asset_check_keys:
             name = keys[check.asset_key]
             if check.name == ITEMS:
@@ -119,9 +125,14 @@ def build_group(group: Group, settings: Settings, models: ModelRegistry) -> dg.A
 
 
 def _materialize(
-    context: dg.AssetExecutionContext, library: Library, stages: list[Stage[Any, Any]], batch: list[MediaItem]
+    context: dg.AssetExecutionContext,
+    library: Library,
+    stages: list[Stage[Any, Any]],
+    batch: list[MediaItem],
+    careful: bool,
 ) -> Iterator[dg.AssetMaterialization]:
-    engine = BatchEngine(stages, library.store, library.outcomes, library.settings, device=device(library.settings))
+    settings = one_at_a_time(library.settings) if careful else library.settings
+    engine = BatchEngine(stages, library.store, library.outcomes, settings, device=device(settings))
     by_name = {stage.name: stage for stage in stages}
     provenance = Provenance(context.instance, library.outcomes, stages, [item.media_id for item in batch])
     report = _reporter(context, library)

@@ -42,6 +42,8 @@ FRAME = 24
 """Border put around a tiny image, repeating its edge, pixels."""
 ROI_MARGIN = 0.06
 """Margin kept around the coarse regions when they are looked at in detail, as a fraction of the longest side."""
+CLEAR_SIDE = 22.0
+"""Height of a line at the gate, pixels, from which a second look adds nothing."""
 LEAST_SIDE = 3.0
 """Regions narrower or lower than this, pixels, hold no letter."""
 CELL = 8
@@ -146,7 +148,7 @@ class OcrText(Stage[Page, PageText]):
 
     name: ClassVar[str] = "ocr_text"
     inputs: ClassVar[tuple[str, ...]] = ("media", "frames")
-    code_version: ClassVar[str] = "2"
+    code_version: ClassVar[str] = "3"
     tasks: ClassVar[tuple[str, ...]] = ("ocr", "ocr_detector")
     micro_batch: ClassVar[int] = 8
     description: ClassVar[str] = "Text on stills and images: line, polygon, confidence and time span."
@@ -292,16 +294,19 @@ class _Surveyor:
         return quads, False
 
     def _detailed(self, picture: Picture, coarse: tuple[Quad, ...]) -> tuple[Quad, ...]:
-        """Regions at full detail, looked for only around those seen coarsely: detection costs by the pixel."""
+        """Regions at full detail: detection costs by the pixel, so only where a line was too small to see well."""
         height, width = picture.shape[:2]
         side = max(height, width)
         scale = min(1.0, self._detail_side / side)
-        corners = np.concatenate(coarse)
-        left, top = np.maximum(corners.min(axis=0) - ROI_MARGIN * side, 0).astype(int)
-        right, bottom = np.minimum(corners.max(axis=0) + ROI_MARGIN * side, (width, height)).astype(int)
-        crop = picture[top:bottom, left:right]
-        found = self._detector.detect(crop, max(1, round(max(crop.shape[:2]) * scale)))
-        return tuple(quad + np.array([left, top], np.float32) for quad in _quads(found))
+        seen = self._gate_side / side
+        clear = tuple(quad for quad in coarse if _lowest_side(quad) * seen >= CLEAR_SIDE)
+        found: list[Quad] = []
+        for left, top, right, bottom in _areas(coarse, clear, ROI_MARGIN * side, width, height):
+            crop = picture[top:bottom, left:right]
+            regions = self._detector.detect(crop, max(1, round(max(crop.shape[:2]) * scale)))
+            found += [quad + np.array([left, top], np.float32) for quad in _quads(regions)]
+        # An area may reach into a line that was clear already.
+        return (*clear, *(quad for quad in found if all(_overlap(quad, known) < SAME_PLACE for known in clear)))
 
     def _tiny(self, row: Mapping[str, Any], picture: Picture) -> tuple[str, Page]:
         """The page of a tiny image: read enlarged and framed, its regions kept in the image's own pixels."""
@@ -324,6 +329,38 @@ class _Surveyor:
         )
         self._by_frame[frame] = sightings
         self._stills.append(StillText(frame, start_s, end_s, width, height, sightings))
+
+
+def _areas(
+    coarse: tuple[Quad, ...], clear: tuple[Quad, ...], margin: float, width: int, height: int
+) -> list[tuple[int, int, int, int]]:
+    """Boxes (left, top, right, bottom) with a margin around the regions that are not clear; none overlap."""
+    boxes: list[tuple[int, int, int, int]] = []
+    for quad in coarse:
+        if any(quad is known for known in clear):
+            continue
+        left, top, right, bottom = bounds(quad)
+        box = (
+            int(max(left - margin, 0)),
+            int(max(top - margin, 0)),
+            int(min(right + margin, width)),
+            int(min(bottom + margin, height)),
+        )
+        while touching := [other for other in boxes if _touch(box, other)]:
+            boxes = [other for other in boxes if other not in touching]
+            lefts, tops, rights, bottoms = zip(box, *touching, strict=True)
+            box = (min(lefts), min(tops), max(rights), max(bottoms))
+        boxes.append(box)
+    return boxes
+
+
+def _touch(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def _lowest_side(quad: Quad) -> float:
+    sides = np.linalg.norm(quad - np.roll(quad, -1, axis=0), axis=1)
+    return float(min((sides[0] + sides[2]) / 2, (sides[1] + sides[3]) / 2))
 
 
 def _unit(frame: int) -> str:

@@ -17,6 +17,7 @@ class Batch(Config):  # type: ignore[misc]
     """What a run works on when its partitions do not say it."""
 
     keys: list[str] = Field(default_factory=list, description="media IDs; they win over the run's own partition")
+    careful: bool = Field(default=False, description="one item at a time: a crash then counts against that one alone")
 
 
 def batch_keys(context: AssetExecutionContext, config: Batch) -> list[str]:

@@ -1,9 +1,11 @@
-"""Planning: which items a group of stages still has to work on, from records alone."""
+"""Planning: what a group of stages still has to do for an item, judged from its records alone."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from enum import StrEnum
 from typing import Any
 
 from media_assets.stage import MediaItem, Stage
@@ -14,31 +16,71 @@ from resources.outcomes import Outcome, Status
 Records = Mapping[tuple[str, str], Outcome]
 
 
-def pending(
-    items: Iterable[MediaItem], stages: Sequence[Stage[Any, Any]], records: Records, now: datetime | None = None
-) -> list[str]:
-    """IDs of items for which some stage has no settled outcome at its current version.
+class Need(StrEnum):
+    """What one stage of one item needs."""
 
-    With `now`, failures whose retry is not due yet are left out; without, every retryable one counts.
+    NOTHING = "nothing"
+    NEW = "new"
+    STALE = "stale"
+    RETRY = "retry"
+    WAITING = "waiting"
+    RUNNING = "running"
+
+    @property
+    def is_due(self) -> bool:
+        """Whether a run would work on it now."""
+        return self in (Need.NEW, Need.STALE, Need.RETRY)
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What a group still has to do for an item.
+
+    `need` is the most urgent of its stages; `due_at` the first retry when all that is left must wait for
+    one; `runs` are the runs that hold stages in flight.
     """
-    return [item.media_id for item in items if _is_pending(item, stages, records, now)]
+
+    need: Need
+    due_at: datetime | None = None
+    runs: frozenset[str] = frozenset()
 
 
-def _is_pending(item: MediaItem, stages: Sequence[Stage[Any, Any]], records: Records, now: datetime | None) -> bool:
-    return any(not _settled(item, stage, records, now) for stage in stages)
+def pending(items: Iterable[MediaItem], stages: Sequence[Stage[Any, Any]], records: Records) -> list[str]:
+    """IDs of items for which some stage has no settled outcome at its current version; retries count at once."""
+    done = (Need.NOTHING,)
+    return [item.media_id for item in items if any(need_of(item, stage, records)[0] not in done for stage in stages)]
 
 
-def _settled(item: MediaItem, stage: Stage[Any, Any], records: Records, now: datetime | None) -> bool:
+def judge(item: MediaItem, stages: Sequence[Stage[Any, Any]], records: Records, now: datetime) -> Judgement:
+    """What the group of `stages` has to do for one item at `now`."""
+    needs = [need_of(item, stage, records, now) for stage in stages]
+    runs = frozenset(record.run_id or "" for need, record in needs if need is Need.RUNNING and record)
+    if runs:
+        return Judgement(Need.RUNNING, runs=runs)
+    for need in (Need.RETRY, Need.STALE, Need.NEW):
+        if any(found is need for found, _ in needs):
+            return Judgement(need)
+    times = [record.retry_at for need, record in needs if need is Need.WAITING and record and record.retry_at]
+    return Judgement(Need.WAITING, min(times)) if times else Judgement(Need.NOTHING)
+
+
+def need_of(
+    item: MediaItem, stage: Stage[Any, Any], records: Records, now: datetime | None = None
+) -> tuple[Need, Outcome | None]:
+    """What one stage needs, and its record. With `now`, a retry that is not due yet waits."""
     record = records.get((item.media_id, stage.name))
     if record is None:
-        return False
+        return Need.NEW, None
+    if record.status is Status.RUNNING:
+        return Need.RUNNING, record
     inputs = [records.get((item.media_id, name)) for name in stage.inputs]
     ready = all(source is not None and source.status.done for source in inputs)
     contents = [source.content if source and source.status.done else "" for source in inputs]
     if record.version != item_version(stage, item, contents):
-        return False
+        return Need.STALE, record
     if record.error_class == UpstreamFailed.code:
-        return not ready
+        return (Need.RETRY if ready else Need.NOTHING), record
     if record.status is Status.RETRYABLE:
-        return now is not None and record.retry_at is not None and record.retry_at.astimezone(UTC) > now
-    return record.status is not Status.RUNNING
+        waits = now is not None and record.retry_at is not None and record.retry_at.astimezone(UTC) > now
+        return (Need.WAITING if waits else Need.RETRY), record
+    return Need.NOTHING, record

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
+from resources.backlog import Backlog
 from resources.database import Database
 from resources.models.registry import ModelRegistry
 from resources.outcomes import OutcomeStore
@@ -63,6 +64,11 @@ class Library:
     def registry(self) -> Registry:
         """Registered uploads."""
         return Registry(self.database)
+
+    @cached_property
+    def backlog(self) -> Backlog:
+        """Unsettled uploads and the batches made of them."""
+        return Backlog(self.database)
 
     def items(self) -> list[tuple[str, str, str | None]]:
         """(media_id, uri, sha256 where known) of every live upload, in order of discovery."""

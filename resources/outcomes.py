@@ -31,7 +31,7 @@ from sqlalchemy.dialects.postgresql import insert
 
 from resources.database import LOCK_NAMESPACE, Database
 from resources.errors import Failure, UpstreamFailed, WorkerLost
-from resources.records import outcome_history, outcomes
+from resources.records import outcome_history, outcomes, uploads
 from resources.settings import Engine
 
 _CHUNK = 5000  # rows per statement, well below Postgres' limit of 65,535 parameters
@@ -200,6 +200,7 @@ class OutcomeStore:
             )
             if connection.execute(statement).rowcount != 1:
                 raise LostClaim(f"{asset} of {media_id} was claimed by another run")
+            _unsettle(connection, [media_id])
             _record(connection, values)
             return Claim(media_id, asset, version, number, attempts)
 
@@ -261,6 +262,7 @@ class OutcomeStore:
             row = connection.execute(statement).mappings().first()
             if row is None:
                 raise LostClaim(f"{asset} of {media_id} is in flight elsewhere")
+            _unsettle(connection, [media_id])
             _record(connection, row)
             return _outcome(row)
 
@@ -295,6 +297,7 @@ class OutcomeStore:
             rows = connection.execute(statement).mappings().all()
             for row in rows:
                 _record(connection, row)
+            _unsettle(connection, sorted({row["media_id"] for row in rows}), due_at=None, launches=0, priority=1)
         return len(rows)
 
     def content_of(self, asset: str) -> dict[str, str]:
@@ -324,6 +327,11 @@ class OutcomeStore:
         )
         with self._engine.connect() as connection:
             return [dict(row) for row in connection.execute(query).mappings()]
+
+    def is_alive(self, run_id: str | None) -> bool:
+        """Whether a process holds the lease of `run_id`."""
+        with self._engine.connect() as connection:
+            return Liveness(connection).is_alive(run_id)
 
     def lease(self, run_id: str) -> Lease:
         """A lease that says this run is alive; hold it while items are in flight."""
@@ -407,6 +415,15 @@ def _write(
         raise LostClaim(f"{asset} of {media_id} was claimed by another run")
     _record(connection, row)
     return _outcome(row)
+
+
+def _unsettle(connection: sa.Connection, media_ids: Sequence[str], **values: Any) -> None:
+    """Make the planner look at these uploads again."""
+    for chunk in _chunks(media_ids):
+        chosen = sa.update(uploads).where(uploads.c.media_id.in_(chunk))
+        connection.execute(
+            (chosen if values else chosen.where(uploads.c.plan.is_not(None))).values(plan=None, **values)
+        )
 
 
 def _record(connection: sa.Connection, row: sa.RowMapping | Mapping[str, Any]) -> None:

@@ -93,6 +93,7 @@ class Planner(_Section):
     batch_seconds: float = Field(900.0, gt=0, description="expected seconds of work at which a batch is full")
     long_s: float = Field(120.0, gt=0, description="expected seconds from which an item rides with long ones only")
     max_wait_s: float = Field(60.0, ge=0, description="longest wait of an item for its batch to fill, seconds")
+    price_per_hour: float = Field(0.0, ge=0, description="price of an hour of one run, in your currency, for estimates")
     lost_after_s: float = Field(600.0, gt=0, description="a requested batch without a run is given up after, seconds")
 
 

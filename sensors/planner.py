@@ -1,0 +1,101 @@
+"""planner_sensor: launches the planner's batches, and the rebuild of what spans items once the backlog is quiet."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import dagster as dg
+
+from jobs.planner import Batch, Planner
+from jobs.rebuild import rebuild_request
+from media_assets.partitions import MEDIA, add_partitions, explicit_batch_tags
+from resources.backlog import BatchRecord
+from resources.library import Library
+from resources.settings import Settings
+
+BATCH_TAG = "media/batch"
+LANE_TAG = "media/lane"
+_REQUEST_AGAIN_S = 30.0
+
+
+def build_planner_sensor(settings: Settings, jobs: Sequence[Any]) -> dg.SensorDefinition:
+    """The sensor over the asset jobs of the groups and of the rebuild (Dagster has no public name for their type)."""
+    planners: list[Planner] = []  # one per process: it keeps what past work cost
+
+    @dg.sensor(
+        name="planner_sensor",
+        jobs=list(jobs),
+        minimum_interval_seconds=settings.planner.interval_s,
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        description="Packs pending, stale and due uploads into batches, at most so many in flight per group.",
+        required_resource_keys={"media"},
+    )
+    def planner_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
+        library: Library = context.resources.media
+        if not planners:
+            planners.append(Planner(library))
+        lost_requests = follow(library, context.instance)
+        tick = planners[0].tick()
+        for line in tick.explanations:
+            context.log.info(line)
+        batches = [*lost_requests, *tick.batches]
+        if batches:
+            # Uploads registered by the command line may not be partitions yet.
+            add_partitions(context.instance, MEDIA, [key for batch in batches for key in batch.keys])
+            return dg.SensorResult(run_requests=[request(batch) for batch in batches])
+        if not library.backlog.open_batches() and (rebuild := rebuild_request(library)) is not None:
+            context.log.info("rebuild: the library changed and nothing is in flight")
+            return dg.SensorResult(run_requests=[rebuild])
+        return dg.SkipReason("; ".join(tick.explanations))
+
+    return planner_sensor
+
+
+def request(batch: Batch) -> dg.RunRequest:
+    """The run of one batch; asking for it twice launches it once."""
+    return dg.RunRequest(
+        run_key=f"batch-{batch.id}",
+        job_name=f"process_{batch.group}",
+        run_config={"ops": {batch.group: {"config": {"keys": list(batch.keys), "careful": batch.is_careful}}}},
+        tags={
+            **explicit_batch_tags(list(batch.keys)),
+            BATCH_TAG: str(batch.id),
+            LANE_TAG: batch.lane,
+            # A lost process's items come back through the planner, which then takes them one at a time.
+            "dagster/max_retries": "0",
+        },
+    )
+
+
+def follow(library: Library, instance: dg.DagsterInstance) -> list[Batch]:
+    """Bring open batches to the state of their runs; returns those whose run has to be asked for again.
+
+    A tick that dies after its batches were committed leaves them without a run.
+    """
+    open_batches = library.backlog.open_batches()
+    if not open_batches:
+        return []
+    runs = _runs(instance, [batch.id for batch in open_batches])
+    base = library.settings.engine.retry_base_s
+    again: list[Batch] = []
+    for batch in open_batches:
+        run = runs.get(batch.id)
+        if run is None:
+            age = library.backlog.age_s(batch.id)
+            if age > library.settings.planner.lost_after_s:
+                library.backlog.ended(batch.id, "lost", base)
+            elif age > _REQUEST_AGAIN_S and (keys := library.backlog.members(batch.id)):
+                again.append(_again(batch, keys))
+        elif run.is_finished:
+            library.backlog.ended(batch.id, "finished" if run.is_success else "failed", base)
+        else:
+            library.backlog.started(batch.id, run.run_id)
+    return again
+
+
+def _again(batch: BatchRecord, keys: list[str]) -> Batch:
+    return Batch(batch.id, batch.group, batch.lane, tuple(keys), batch.seconds, batch.reason)
+
+
+def _runs(instance: dg.DagsterInstance, batch_ids: list[int]) -> Mapping[int, dg.DagsterRun]:
+    wanted = dg.RunsFilter(tags={BATCH_TAG: [str(batch_id) for batch_id in batch_ids]})
+    return {int(run.tags[BATCH_TAG]): run for run in instance.get_runs(wanted)}

@@ -1,0 +1,287 @@
+"""The planner on records in a real Postgres: what it packs, what it lets wait, and what it says about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
+
+import dagster as dg
+import pytest
+import sqlalchemy as sa
+
+from jobs.planner import CAREFUL, LONG, MIXED, Costs, Planner, Tick
+from media_assets.groups import media_items
+from media_assets.versions import item_version
+from resources.errors import Failure
+from resources.library import Library
+from resources.outcomes import Claim, Cost, Status
+from resources.registry import Upload
+from resources.settings import Engine
+from resources.settings import Planner as PlannerSettings
+from sensors.planner import follow, request
+
+PASSING = Failure("model_failed", "The model did not answer.", retryable=True)
+PERMANENT = Failure("undecodable", "It does not decode.", retryable=False)
+
+
+def register(library: Library, *names: str) -> list[str]:
+    """Register uploads of these names."""
+    now = datetime.now(UTC)
+    return library.registry.add([Upload(f"s3://bucket/{name}", "e", 1_000_000, now, "s3") for name in names])
+
+
+def configure(library: Library, planner: PlannerSettings | None = None, batch_items: int = 200) -> Planner:
+    """A planner over the library with these settings."""
+    engine = Engine(batch_items=batch_items, retry_base_s=30)
+    update = {"planner": planner or PlannerSettings(), "engine": engine}
+    library.settings = library.settings.model_copy(update=update)
+    return Planner(library)
+
+
+def make(
+    library: Library,
+    planner: Planner,
+    group: str,
+    keys: Sequence[str],
+    fail: Callable[[str, str], Failure | None] = lambda _media_id, _asset: None,
+    seconds: float = 1.0,
+) -> None:
+    """Settle a group's outcomes for `keys` as the engine would, without a model."""
+    with library.outcomes.lease("run") as lease:
+        for item in media_items(library, keys):
+            for stage in planner.stages[group]:
+                records = library.outcomes.load([item.media_id])
+                inputs = [records.get((item.media_id, name)) for name in stage.inputs]
+                contents = [found.content if found and found.status.done else "" for found in inputs]
+                version = item_version(stage, item, contents)
+                claim = library.outcomes.claim(item.media_id, stage.name, version, "run", lease.liveness)
+                if not isinstance(claim, Claim):
+                    continue
+                failure = fail(item.media_id, stage.name)
+                if failure is not None:
+                    library.outcomes.fail(claim, failure, Cost())
+                else:
+                    library.outcomes.succeed(claim, Status.OK, f"{stage.name}-content", Cost(seconds=seconds))
+
+
+def end(library: Library, tick: Tick, state: str = "finished") -> None:
+    """The runs of a tick's batches ended."""
+    for batch in tick.batches:
+        assert batch.id is not None
+        library.backlog.ended(batch.id, state, 30.0)
+
+
+def through(library: Library, planner: Planner, keys: Sequence[str]) -> None:
+    """Take uploads through every group."""
+    for group in planner.stages:
+        make(library, planner, group, keys)
+    planner.tick()
+
+
+def test_an_upload_goes_through_the_groups_and_is_settled(library: Library) -> None:
+    """Given one upload, then it rides in one batch per group, in order, and is then never looked at again."""
+    planner = configure(library)
+    (key,) = register(library, "a.mp4")
+    for group in ("decode", "analyse", "label"):
+        tick = planner.tick()
+        assert [(batch.group, batch.keys) for batch in tick.batches] == [(group, (key,))]
+        assert planner.tick().batches == []  # it is in flight
+        make(library, planner, group, [key])
+        end(library, tick)
+    assert planner.tick().batches == []
+    assert planner.tick().looked_at == 0
+
+
+def test_scattered_retries_are_packed_full(library: Library) -> None:
+    """Given 130 of 400 settled uploads to retry, then batches of 50 make three runs, and nothing else is read."""
+    planner = configure(library, PlannerSettings(max_in_flight=10, batch_seconds=1e6), batch_items=50)
+    keys = register(library, *(f"{n:04d}.jpg" for n in range(400)))
+    through(library, planner, keys)
+    chosen = sorted(keys)[::3][:130]
+    with library.database.engine.begin() as connection:
+        statement = "update outcomes set status = 'quarantined' where asset = 'shots' and media_id = any(:ids)"
+        connection.execute(sa.text(statement), {"ids": chosen})
+    assert library.outcomes.reset(chosen) == 130
+    tick = planner.tick()
+    assert tick.looked_at == 130
+    assert sorted(len(batch.keys) for batch in tick.batches) == [30, 50, 50]
+    assert sorted(key for batch in tick.batches for key in batch.keys) == sorted(chosen)
+    assert all("50 to retry" in batch.reason or "30 to retry" in batch.reason for batch in tick.batches)
+
+
+def test_no_more_batches_than_the_limit_are_in_flight(library: Library) -> None:
+    """Given more work than the limit lets fly, then the rest waits in the registry and the tick says so."""
+    planner = configure(library, PlannerSettings(max_in_flight=2), batch_items=10)
+    register(library, *(f"{n:03d}.jpg" for n in range(55)))
+    tick = planner.tick()
+    assert [len(batch.keys) for batch in tick.batches] == [10, 10]
+    assert "decode: 35 uploads wait; 2 batches are in flight, the limit" in tick.explanations
+    assert planner.tick().batches == []
+    library.backlog.ended(tick.batches[0].id or 0, "finished", 0.0)
+    assert len(planner.tick().batches) == 1
+
+
+def test_small_batches_when_idle_full_ones_under_load(library: Library) -> None:
+    """Given an idle group, then one upload flies at once; with a batch in flight the next waits to fill up."""
+    planner = configure(library, PlannerSettings(max_in_flight=3, max_wait_s=60), batch_items=4)
+    register(library, "a.jpg")
+    assert [len(batch.keys) for batch in planner.tick().batches] == [1]
+    register(library, "b.jpg", "c.jpg")
+    tick = planner.tick()
+    assert tick.batches == []
+    assert any("2 image uploads wait at most 60 s for their batch to fill" in line for line in tick.explanations)
+    overdue = planner.tick(datetime.now(UTC) + timedelta(seconds=61))
+    assert [len(batch.keys) for batch in overdue.batches] == [2]
+    register(library, "d.jpg", "e.jpg", "f.jpg", "g.jpg")
+    assert [len(batch.keys) for batch in planner.tick().batches] == [4]
+
+
+def test_long_videos_do_not_ride_with_photos(library: Library) -> None:
+    """Given past videos of many seconds per megabyte, then big ones go among themselves and the short ones mix."""
+    planner = configure(library, PlannerSettings(max_in_flight=9, long_s=100))
+    through(library, planner, register(library, "old.jpg"))
+    old = register(library, "old.mp4")
+    for group in planner.stages:
+        make(library, planner, group, old, seconds=40.0)
+    planner = configure(library, PlannerSettings(max_in_flight=9, long_s=100))
+    big, small = register(library, "big.mp4", "small.jpg")
+    (tone,) = register(library, "tone.wav")
+    lanes = {batch.lane: batch.keys for batch in planner.tick().batches}
+    assert lanes == {LONG: (big,), MIXED: (small, tone)}
+
+
+def test_fresh_uploads_go_before_a_backfill(library: Library) -> None:
+    """Given a model change that makes all stale and two fresh uploads, then the fresh ones go first."""
+    planner = configure(library, PlannerSettings(max_in_flight=1), batch_items=2)
+    through(library, planner, register(library, "a.jpg", "b.jpg", "c.jpg"))
+    with library.database.engine.begin() as connection:
+        connection.execute(sa.text("update uploads set plan = 'of another model'"))
+        connection.execute(sa.text("update outcomes set version = 'older' where asset = 'moderation_labels'"))
+    fresh = register(library, "x.jpg", "y.jpg")
+    tick = planner.tick()
+    by_group = {batch.group: batch for batch in tick.batches}
+    assert by_group["decode"].keys == tuple(fresh)
+    assert "2 stale" in by_group["label"].reason
+
+
+def test_a_retry_waits_for_its_time(library: Library) -> None:
+    """Given a failure that may pass, then its upload is put aside until it is due and then retried."""
+    planner = configure(library)
+    (key,) = register(library, "a.mp4")
+    tick = planner.tick()
+    make(library, planner, "decode", [key], lambda _, asset: PASSING if asset == "audio" else None)
+    end(library, tick)
+    waiting = planner.tick()
+    assert waiting.batches == []
+    assert any("1 waiting for a retry" in line for line in waiting.explanations)
+    with library.database.engine.begin() as connection:
+        connection.execute(sa.text("update outcomes set retry_at = now() - interval '1 s' where retry_at is not null"))
+        connection.execute(sa.text("update uploads set due_at = now() - interval '1 s' where due_at is not null"))
+    (batch,) = planner.tick().batches
+    assert (batch.group, batch.keys) == ("decode", (key,))
+    assert "1 to retry" in batch.reason
+
+
+def test_a_quarantined_item_is_not_run_again(library: Library) -> None:
+    """Given an upload that failed for good, then the later groups note it once and it is settled."""
+    planner = configure(library)
+    (key,) = register(library, "a.mp4")
+    tick = planner.tick()
+    make(library, planner, "decode", [key], lambda _, asset: PERMANENT if asset == "media" else None)
+    end(library, tick)
+    (analyse,) = planner.tick().batches
+    assert analyse.group == "analyse"
+
+
+def test_suspects_of_a_crash_go_one_at_a_time(library: Library) -> None:
+    """Given items in flight when their run died, then they come back in a careful batch and the others do not."""
+    planner = configure(library)
+    first, second, other = register(library, "a.jpg", "b.jpg", "c.jpg")
+    tick = planner.tick()
+    stage = planner.stages["decode"][0]
+    with library.outcomes.lease("dying") as lease:
+        for item in media_items(library, [first, second]):
+            library.outcomes.claim(item.media_id, stage.name, item_version(stage, item, []), "dying", lease.liveness)
+        end(library, tick, "failed")
+        with library.database.engine.begin() as connection:
+            connection.execute(sa.text("update uploads set due_at = null"))
+        alive = planner.tick()
+        assert [batch.keys for batch in alive.batches] == [(other,)]  # the others are held by a live run
+    with library.database.engine.begin() as connection:
+        connection.execute(sa.text("update uploads set due_at = null"))
+    (careful,) = planner.tick(datetime.now(UTC) + timedelta(seconds=61)).batches
+    assert (careful.lane, set(careful.keys)) == (CAREFUL, {first, second})
+    config = request(careful).run_config
+    assert isinstance(config, dict)
+    assert config["ops"]["decode"]["config"]["careful"] is True
+
+
+def test_a_failed_batch_backs_off(library: Library) -> None:
+    """Given a batch whose run fails before any item is claimed, then its uploads wait longer each time."""
+    planner = configure(library)
+    (key,) = register(library, "a.jpg")
+    delays = []
+    for _ in range(6):
+        with library.database.engine.begin() as connection:
+            connection.execute(sa.text("update uploads set due_at = null"))
+        end(library, planner.tick(), "failed")
+        with library.database.engine.connect() as connection:
+            query = sa.text("select extract(epoch from due_at - now()) from uploads where media_id = :key")
+            delays.append(round(float(connection.execute(query, {"key": key}).scalar_one()), -1))
+    assert delays == [30, 30, 30, 60, 120, 240]
+
+
+def test_a_dry_run_changes_nothing(library: Library) -> None:
+    """Given a backlog, when it is planned dry, then the batches are told and nothing is recorded."""
+    planner = configure(library, PlannerSettings(max_in_flight=1), batch_items=10)
+    register(library, *(f"{n:03d}.jpg" for n in range(25)))
+    assert [len(batch.keys) for batch in planner.dry_run(1000).batches] == [10, 10, 5]
+    assert library.backlog.open_batches() == []
+    assert library.backlog.notes() is None
+    assert [len(batch.keys) for batch in planner.tick().batches] == [10]
+
+
+def test_what_claims_an_outcome_unsettles_its_upload(library: Library) -> None:
+    """Given a settled upload, when someone makes one of its assets anew, then the planner looks at it again."""
+    planner = configure(library)
+    (key,) = register(library, "a.jpg")
+    through(library, planner, [key])
+    assert planner.tick().looked_at == 0
+    assert library.outcomes.reset([key], ["media"], finished=True) == 1
+    (batch,) = planner.tick().batches
+    assert (batch.group, batch.keys) == ("decode", (key,))
+
+
+def test_the_batches_follow_their_runs(library: Library) -> None:
+    """Given runs that are going, done, failed and missing, then their batches say so and one is asked again."""
+    planner = configure(library, PlannerSettings(max_in_flight=9, lost_after_s=300), batch_items=1)
+    register(library, "a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg")
+    ids = [batch.id or 0 for batch in planner.tick().batches]
+
+    @dg.job
+    def nothing() -> None:
+        """A job to have runs of."""
+
+    states = [dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE]
+    with dg.DagsterInstance.ephemeral() as instance:
+        for batch_id, status in zip(ids, states, strict=False):
+            instance.create_run_for_job(nothing, status=status, tags={"media/batch": str(batch_id)})
+        with library.database.engine.begin() as connection:
+            aged = "update batches set created_at = now() - make_interval(secs => :age) where id = :id"
+            connection.execute(sa.text(aged), [{"id": ids[3], "age": 60}, {"id": ids[4], "age": 600}])
+        (again,) = follow(library, instance)
+    assert (again.id, len(again.keys)) == (ids[3], 1)
+    recorded = {batch.id: batch.state for batch in library.backlog.recent_batches()}
+    assert [recorded[i] for i in ids] == ["running", "finished", "failed", "requested", "lost"]
+
+
+@pytest.mark.parametrize(
+    ("uri", "size", "expected"),
+    [("a.mp4", 2_000_000, 20.0), ("b.mp4", 500_000, 5.0), ("c.jpg", 9_000_000, 3.0), ("d.xyz", 10, 2.0)],
+)
+def test_costs_follow_past_work(uri: str, size: int, expected: float) -> None:
+    """Given past work, then video is expected by its size, a photo by the mean, and the unknown is guessed."""
+    past = [("frames", "x.mp4", 10.0, 1_000_000), ("frames", "y.jpg", 2.0, 5), ("frames", "z.jpg", 4.0, 5)]
+    seconds, guessed = Costs(past).seconds(["frames"], uri, size)
+    assert seconds == pytest.approx(expected)
+    assert guessed is (uri == "d.xyz")
