@@ -1,12 +1,12 @@
 """The three groups of stages, each one Dagster multi-asset: decode (CPU), analyse (GPU) and label (CPU).
 
-A group's step yields an `AssetMaterialization` per finished item and then succeeds: bad items are simply
+A group's step writes an `AssetMaterialization` per finished item and then succeeds: bad items are simply
 not materialized, so a backfill shows exactly those as failed, and its neighbours are not lost.
 """
 
 import base64
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import dagster as dg
 
 from media_assets.engine import BatchEngine, How, Progress, Result
+from media_assets.mirror import Mirror
 from media_assets.partitions import Batch, batch_keys, media_partitions
 from media_assets.provenance import SOURCE, Provenance
 from media_assets.quality import EXPECTATIONS, ITEMS, expectations_check, items_check
@@ -113,7 +114,7 @@ def build_group(group: Group, settings: Settings, models: ModelRegistry) -> dg.A
         batch = media_items(library, batch_keys(context, config))
         selected = [stage for stage in group.load(library.settings, library.models) if stage.name in wanted]
         if selected:
-            yield from _materialize(context, library, selected, batch, config.careful)
+            _materialize(context, library, selected, batch, config.careful)
         for check in context.selected_asset_check_keys:
             name = keys[check.asset_key]
             if check.name == ITEMS:
@@ -130,22 +131,29 @@ def _materialize(
     stages: list[Stage[Any, Any]],
     batch: list[MediaItem],
     careful: bool,
-) -> Iterator[dg.AssetMaterialization]:
+) -> None:
     settings = one_at_a_time(library.settings) if careful else library.settings
     engine = BatchEngine(stages, library.store, library.outcomes, settings, device=device(settings))
     by_name = {stage.name: stage for stage in stages}
     provenance = Provenance(context.instance, library.outcomes, stages, [item.media_id for item in batch])
-    report = _reporter(context, library)
-    for result in engine.run(batch, context.run.run_id, report):
-        if result.done:
-            stage = by_name[result.asset]
-            yield _materialization(result, stage, library, provenance.tags(result, stage))
-        elif result.how in (How.COMPUTED, How.HELD):
-            record = result.outcome
-            context.log.warning(
-                f"{result.asset} of {result.media_id}: {record.status} after {record.attempts} attempt(s),"
-                f" {record.error_class}: {record.error}"
-            )
+    mirror = Mirror(
+        context,
+        list(by_name),
+        provenance,
+        lambda result, tags: _materialization(result, by_name[result.asset], library, tags),
+    )
+    try:
+        for result in engine.run(batch, context.run.run_id, _reporter(context, library)):
+            if result.done:
+                mirror.add(result)
+            elif result.how in (How.COMPUTED, How.HELD):
+                record = result.outcome
+                context.log.warning(
+                    f"{result.asset} of {result.media_id}: {record.status} after {record.attempts} attempt(s),"
+                    f" {record.error_class}: {record.error}"
+                )
+    finally:
+        mirror.flush()
 
 
 def _reporter(context: dg.AssetExecutionContext, library: Library) -> Callable[[Progress], None]:
@@ -199,7 +207,7 @@ def _check_specs(asset: str) -> list[dg.AssetCheckSpec]:
 
 
 def _materialization(
-    result: Result, stage: Stage[Any, Any], library: Library, tags: dict[str, str]
+    result: Result, stage: Stage[Any, Any], library: Library, tags: Mapping[str, str]
 ) -> dg.AssetMaterialization:
     record = result.outcome
     # Pictures first: they are what people look for in the list.
@@ -225,7 +233,9 @@ def _materialization(
         metadata["copied from"] = record.copied_from
     if record.error:
         metadata["note"] = record.error
-    return dg.AssetMaterialization(asset_key=result.asset, partition=result.media_id, metadata=metadata, tags=tags)
+    return dg.AssetMaterialization(
+        asset_key=result.asset, partition=result.media_id, metadata=metadata, tags=dict(tags)
+    )
 
 
 def _label(name: str) -> str:

@@ -29,8 +29,8 @@ SOURCE = "uploads"
 class Provenance:
     """Tags for the materializations of one batch.
 
-    Looks up the events of inputs in bulk: once per input made in an earlier run, and, for inputs made in
-    this one, for all items that came up since the last look.
+    Looks up the events of inputs in bulk: once per input made in an earlier run, and per call of `tags` for
+    inputs made in this one, whose materializations must have been written by then.
     """
 
     def __init__(
@@ -47,20 +47,25 @@ class Provenance:
             key: record.version for key, record in outcomes.load(list(media_ids), sorted(inputs - selected)).items()
         }
         self._events: dict[str, dict[str, int]] = {name: self._latest(name, media_ids) for name in inputs - selected}
-        self._events |= {name: {} for name in inputs & selected}
-        self._unseen: dict[str, set[str]] = {name: set() for name in inputs & selected}
+        self._made_here = inputs & selected
+        self._stages = {stage.name: stage for stage in stages}
 
-    def tags(self, result: Result, stage: Stage[Any, Any]) -> dict[str, str]:
-        """Tags of the materialization of `result`, which the caller is about to emit."""
+    def tags(self, results: Sequence[Result]) -> dict[str, dict[str, str]]:
+        """Tags by media ID for the materializations of one asset's `results`, which the caller is about to write."""
+        stage = self._stages[results[0].asset]
+        media_ids = [result.media_id for result in results]
+        for name in self._made_here.intersection(stage.inputs):
+            self._events[name] = self._latest(name, media_ids)
+        return {result.media_id: self._tags(result, stage) for result in results}
+
+    def _tags(self, result: Result, stage: Stage[Any, Any]) -> dict[str, str]:
         media_id = result.media_id
         tags = {DATA_VERSION_TAG: result.outcome.version, CODE_VERSION_TAG: code_version(stage)}
         if not stage.inputs:
             tags |= self._input(SOURCE, _INITIAL_VERSION, None)
         for name in stage.inputs:
-            tags |= self._input(name, self._versions[media_id, name], self._event(name, media_id))
+            tags |= self._input(name, self._versions[media_id, name], self._events[name].get(media_id))
         self._versions[media_id, stage.name] = result.outcome.version
-        if stage.name in self._unseen:
-            self._unseen[stage.name].add(media_id)
         return tags
 
     def _input(self, name: str, version: str, event: int | None) -> dict[str, str]:
@@ -68,13 +73,6 @@ class Provenance:
             f"{INPUT_DATA_VERSION_TAG}/{name}": version,
             f"{INPUT_EVENT_TAG}/{name}": _NO_EVENT if event is None else str(event),
         }
-
-    def _event(self, name: str, media_id: str) -> int | None:
-        unseen = self._unseen.get(name)
-        if unseen and media_id in unseen:
-            self._events[name].update(self._latest(name, sorted(unseen)))
-            unseen.clear()
-        return self._events[name].get(media_id)
 
     def _latest(self, name: str, media_ids: Sequence[str]) -> dict[str, int]:
         if not media_ids:

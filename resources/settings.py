@@ -87,6 +87,7 @@ class Ingestion(_Section):
 class Planner(_Section):
     """How pending work becomes runs."""
 
+    enabled: bool = Field(True, description="whether planner_sensor runs from the start; the UI can switch it too")
     interval_s: int = Field(10, ge=1, description="pause between two ticks of planner_sensor, seconds")
     max_in_flight: int = Field(2, ge=1, description="batches in flight per group; the rest waits in the registry")
     lookahead: int = Field(5_000, ge=1, description="unsettled items one tick looks at")

@@ -25,7 +25,7 @@ def build_planner_sensor(settings: Settings, jobs: Sequence[Any]) -> dg.SensorDe
         name="planner_sensor",
         jobs=list(jobs),
         minimum_interval_seconds=settings.planner.interval_s,
-        default_status=dg.DefaultSensorStatus.RUNNING,
+        default_status=dg.DefaultSensorStatus.RUNNING if settings.planner.enabled else dg.DefaultSensorStatus.STOPPED,
         description="Packs pending, stale and due uploads into batches, at most so many in flight per group.",
         required_resource_keys={"media"},
     )

@@ -120,7 +120,8 @@ def dev(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dev]
     ids = json.loads(subprocess.run(register, env=environment, check=True, capture_output=True, text=True).stdout)
     process = subprocess.Popen(
         [sys.executable, "-m", "cli.main", "dev", "--home", str(home), "--port", str(port)],
-        env=environment,
+        # Here the backfill is launched by hand; the planner would be there first.
+        env=environment | {"MEDIA_PLANNER__ENABLED": "false"},
         text=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -295,8 +296,9 @@ class Local:
 
     def made(self, result: dg.ExecuteInProcessResult, asset: str) -> dict[str, dg.AssetMaterialization]:
         """Materializations of an asset in a run, by media ID."""
-        events = result.asset_materializations_for_node(DECODE.name)
-        return {str(event.partition): event for event in events if event.asset_key == dg.AssetKey(asset)}
+        page = self.instance.get_records_for_run(result.run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION)
+        events = [record.event_log_entry.asset_materialization for record in page.records]
+        return {str(m.partition): m for m in events if m is not None and m.asset_key == dg.AssetKey(asset)}
 
 
 @pytest.fixture

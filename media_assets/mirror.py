@@ -1,0 +1,103 @@
+"""Materializations written to Dagster many at a time: the outcome records are the truth, Dagster mirrors them.
+
+A step that yields an `AssetMaterialization` per item pays several round trips and commits for each. Dagster's
+event storage can store many of one asset at once, but offers no way to yield them so; hence events are built
+here and handed to the storage itself. What is not mirrored when a process dies is mirrored by the run that
+finds the item finished, or by the planner when it closes the batch.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import dagster as dg
+from dagster import DagsterEvent, DagsterEventType, EventLogEntry
+from dagster._core.events import StepMaterializationData  # Dagster names it nowhere else
+
+from media_assets.engine import Result
+from media_assets.provenance import Provenance
+
+MOST = 128
+"""Results kept before they are written."""
+LONGEST_S = 2.0
+"""Time after which what there is is written, seconds."""
+
+Build = Callable[[Result, Mapping[str, str]], dg.AssetMaterialization]
+
+
+class Mirror:
+    """Collects the finished results of one step and writes them, inputs before what was made from them."""
+
+    def __init__(
+        self, context: dg.AssetExecutionContext, order: Sequence[str], provenance: Provenance, build: Build
+    ) -> None:
+        self._instance = context.instance
+        self._run_id = context.run.run_id
+        self._job = context.job_name
+        self._step = context.op_execution_context.op_handle.name
+        self._order = tuple(order)
+        self._provenance = provenance
+        self._build = build
+        self._kept: list[tuple[float, Result]] = []
+        self._since = time.monotonic()
+
+    def add(self, result: Result) -> None:
+        """Keep a finished result; writes when there are many or it has been a while."""
+        self._kept.append((time.time(), result))
+        if len(self._kept) >= MOST or time.monotonic() - self._since >= LONGEST_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is kept."""
+        kept, self._kept = self._kept, []
+        for asset in self._order:
+            chosen = [(at, result) for at, result in kept if result.asset == asset]
+            if chosen:
+                tags = self._provenance.tags([result for _, result in chosen])
+                made = [(at, self._build(result, tags[result.media_id])) for at, result in chosen]
+                self._instance.event_log_storage.store_event_batch([self._entry(at, m) for at, m in made])
+        self._since = time.monotonic()
+
+    def _entry(self, at: float, materialization: dg.AssetMaterialization) -> EventLogEntry:
+        event = DagsterEvent(
+            event_type_value=DagsterEventType.ASSET_MATERIALIZATION.value,
+            job_name=self._job,
+            step_key=self._step,
+            event_specific_data=StepMaterializationData(materialization),
+            message=f"Materialized {materialization.asset_key.to_user_string()} of {materialization.partition}.",
+            pid=os.getpid(),
+        )
+        return EventLogEntry(  # type: ignore[no-untyped-call]
+            error_info=None,
+            user_message="",
+            level=10,
+            run_id=self._run_id,
+            timestamp=at,
+            step_key=self._step,
+            job_name=self._job,
+            dagster_event=event,
+        )
+
+
+def materialized_in(instance: dg.DagsterInstance, run_id: str) -> set[tuple[str, str]]:
+    """(asset, partition) of every materialization of a run."""
+    found: set[tuple[str, str]] = set()
+    cursor: str | None = None
+    while True:
+        page = instance.get_records_for_run(run_id, cursor, DagsterEventType.ASSET_MATERIALIZATION, limit=1000)
+        for record in page.records:
+            event = record.event_log_entry.get_dagster_event()
+            if event.asset_key is not None and event.partition is not None:
+                found.add((event.asset_key.to_user_string(), event.partition))
+        if not page.has_more:
+            return found
+        cursor = page.cursor
+
+
+def report(instance: dg.DagsterInstance, missing: Iterable[tuple[str, str, Mapping[str, str]]]) -> None:
+    """Report materializations (asset, media ID, tags) whose own run died before it could."""
+    for asset, media_id, tags in missing:
+        metadata = {"note": "finished by a run that died before it could report"}
+        instance.report_runless_asset_event(
+            dg.AssetMaterialization(asset, partition=media_id, metadata=metadata, tags=dict(tags))
+        )
