@@ -5,7 +5,7 @@ from __future__ import annotations
 import dagster as dg
 
 from media_assets.buckets import key
-from media_assets.global_assets import library_digest, rebuilt_digest
+from media_assets.global_assets import library_changed
 from media_assets.partitions import range_tags
 from resources.library import Library
 
@@ -29,7 +29,7 @@ def build_rebuild_schedule(buckets: int) -> dg.ScheduleDefinition:
     )
     def rebuild_every_15_minutes(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
         library: Library = context.resources.media
-        if library_digest(library) == rebuilt_digest(library):
+        if not library_changed(library):
             return dg.SkipReason("Nothing came, went or changed since the last rebuild.")
         return dg.RunRequest(tags=range_tags(key(0), key(buckets - 1)))
 
