@@ -359,7 +359,7 @@ class OutcomeStore:
             for row in connection.execution_options(yield_per=_PAGE).execute(query):
                 yield row[0], row[1], row[2]
 
-    def failed(self) -> Iterator[sa.RowMapping]:
+    def failed(self) -> Iterator[dict[str, Any]]:
         """Records of live uploads that are quarantined or wait for a failed input, with URI and etag, by media ID."""
         query = sa.text(
             "select o.media_id, u.uri, u.etag, o.asset, o.version, o.status, o.error_class, o.error, o.updated_at"
@@ -368,7 +368,8 @@ class OutcomeStore:
             " or (o.status = 'retryable' and o.error_class = 'upstream_failed')) order by o.media_id, o.asset"
         )
         with self._engine.connect() as connection:
-            yield from connection.execution_options(yield_per=_PAGE).execute(query).mappings()
+            for row in connection.execution_options(yield_per=_PAGE).execute(query).mappings():
+                yield dict(row)
 
     def library_mark(self) -> str:
         """A text that stays the same as long as no record and no upload changes; two index lookups.
