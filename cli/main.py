@@ -198,6 +198,36 @@ def retry(
         print(f"{count} outcomes will be made again. Next: media-assets run")
 
 
+@app.command("dead-letters")
+def dead_letters(
+    media_ids: Annotated[list[str] | None, typer.Argument(help="Only these items.", show_default=False)] = None,
+    home: HomeOption = None,
+    asset: Annotated[list[str] | None, typer.Option("--asset", help="Only this asset; repeatable.")] = None,
+    error_class: Annotated[list[str] | None, typer.Option("--class", help="Only this error class; repeatable.")] = None,
+    changed: Annotated[
+        bool, typer.Option("--changed", help="Only those whose code, model or input has changed since.")
+    ] = False,
+    replay: Annotated[bool, typer.Option("--replay", help="Give them a fresh start instead of listing them.")] = False,
+    limit: Annotated[int, typer.Option("--limit", min=1, max=1000, help="Examples per group at most.")] = 3,
+    as_json: JsonOption = False,
+) -> None:
+    """List what was set aside, by error class and asset, and messages nobody understood; or replay it.
+
+    Example: [bold]media-assets dead-letters --class timeout --replay[/bold], after mending the cause
+    """
+    from cli.dead_letters import show_dead_letters
+    from media_assets.dead_letters import Chosen
+
+    library = _open(home)
+    try:
+        chosen = Chosen(media_ids or (), asset or (), error_class or (), changed)
+        found = show_dead_letters(library, chosen, replay, limit, as_json)
+    finally:
+        library.close()
+    if not found:
+        raise typer.Exit(Exit.NOTHING_FOUND)
+
+
 @app.command()
 def search(
     text: Annotated[str, typer.Argument(help="What to look for, in words.", show_default=False)],

@@ -74,9 +74,9 @@ class Work:
             self._say("looking for media files")
             found, problems = _split(discover(paths))
             self.summary.problems = [{"path": _shown(p.path), "reason": p.reason} for p in problems]
-            known = {row["media_id"] for row in self.library.registry.live([u.media_id for u in found])}
-            ids = self.library.registry.add(found)
-            self.summary.registered = len(set(ids) - known)
+            registered = self.library.registry.register(found)
+            ids = list(registered.media_ids)
+            self.summary.registered = len(registered.new)
         rows = self.library.registry.live(ids)
         rows.sort(key=lambda row: (row["discovered_at"], row["uri"]))
         return [MediaItem(row["media_id"], row["uri"], row["etag"]) for row in rows]
@@ -111,20 +111,15 @@ class Work:
 
     def _rebuild(self) -> None:
         from media_assets.buckets import key as bucket_key
+        from media_assets.global_assets import library_changed
         from media_assets.partitions import range_tags
 
         wanted = [name for name in SPANNING if not self.select or name in self.select]
-        if not wanted or not self._library_changed():
+        if not wanted or not library_changed(self.library):
             return
         self._say("rebuilding the catalog, the index shards and the near-duplicate groups")
         buckets = self.library.settings.index.buckets
         self._execute("rebuild", None, range_tags(bucket_key(0), bucket_key(buckets - 1)), [], wanted)
-
-    def _library_changed(self) -> bool:
-        """Whether items came, went or changed since the library was last rebuilt."""
-        from media_assets.global_assets import library_digest, rebuilt_digest
-
-        return library_digest(self.library) != rebuilt_digest(self.library)
 
     # -- Dagster ----------------------------------------------------------------------------------------
 

@@ -41,8 +41,9 @@ def _build_asset(name: str) -> dg.AssetsDefinition:
         from evals.probes import golden_for, reader_of
 
         media = context.resources.media
-        result = evaluate(name, golden_for(media), reader_of(media))
-        path = result.write(media.settings.home)
+        with media.outcomes.lease(context.run.run_id):  # a purge waits for whoever may still write
+            result = evaluate(name, golden_for(media), reader_of(media))
+            path = result.write(media.settings.home)
         return dg.MaterializeResult(
             metadata=metadata_of(result, str(path)),
             data_version=dg.DataVersion(f"{result.model}/{result.golden_digest[:12]}"),

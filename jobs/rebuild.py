@@ -5,7 +5,7 @@ from __future__ import annotations
 import dagster as dg
 
 from media_assets.buckets import key
-from media_assets.global_assets import library_digest, rebuilt_digest
+from media_assets.global_assets import library_changed
 from media_assets.partitions import range_tags
 from resources.library import Library
 
@@ -18,13 +18,12 @@ rebuild_job = dg.define_asset_job(
 
 def rebuild_request(library: Library) -> dg.RunRequest | None:
     """The run of a rebuild where anything came, went or changed since the last one, else None."""
-    digest = library_digest(library)
-    if digest == rebuilt_digest(library):
+    if not library_changed(library):
         return None
-    buckets = library.settings.index.buckets
-    return dg.RunRequest(
-        run_key=f"rebuild-{digest}", job_name=rebuild_job.name, tags=range_tags(key(0), key(buckets - 1))
-    )
+    # One run per state of the library: while it is on its way, and should it fail, the schedule sees to the next.
+    mark = library.outcomes.library_mark()
+    tags = range_tags(key(0), key(library.settings.index.buckets - 1))
+    return dg.RunRequest(run_key=f"rebuild-{mark}", job_name=rebuild_job.name, tags=tags)
 
 
 def build_rebuild_schedule(buckets: int) -> dg.ScheduleDefinition:
@@ -40,7 +39,7 @@ def build_rebuild_schedule(buckets: int) -> dg.ScheduleDefinition:
     )
     def rebuild_every_15_minutes(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
         library: Library = context.resources.media
-        if library_digest(library) == rebuilt_digest(library):
+        if not library_changed(library):
             return dg.SkipReason("Nothing came, went or changed since the last rebuild.")
         return dg.RunRequest(tags=range_tags(key(0), key(buckets - 1)))
 

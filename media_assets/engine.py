@@ -4,7 +4,7 @@ One coordinator (the caller's thread) owns all state and all record writes. Back
 `prepare` and `assemble`; one inference thread runs `infer` on micro-batches that span items. They answer
 with events, so no lock guards the state machine. Per item and stage:
 
-    inputs settled ─▶ reused | held | busy | blocked            (nothing runs)
+    inputs settled ─▶ reused | held | busy | blocked | withdrawn (nothing runs)
                    ─▶ claimed ─▶ copied from a twin with the same version
                               ─▶ prepare ─▶ infer* ─▶ assemble and write ─▶ outcome committed ─▶ yielded
 """
@@ -25,7 +25,7 @@ from media_assets.stage import Inputs, MediaItem, Memo, Prepared, Product, Stage
 from media_assets.versions import item_version
 from resources.errors import Failure, Internal, NotApplicable, UpstreamFailed, is_out_of_memory
 from resources.faults import fault
-from resources.outcomes import Claim, Cost, LostClaim, Outcome, OutcomeStore, Status
+from resources.outcomes import Claim, Cost, LostClaim, Outcome, OutcomeStore, Status, Withdrawn
 from resources.settings import Settings
 from resources.storage import DerivedStore
 
@@ -41,6 +41,7 @@ class How(StrEnum):
     HELD = "held"
     BLOCKED = "blocked"
     BUSY = "busy"
+    WITHDRAWN = "withdrawn"
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,7 +300,10 @@ class _Batch:
         """Stop background work and give claims back."""
         self.executor.close()
         for claim in self.claimed.values():
-            self.outcomes.release(claim)
+            try:
+                self.outcomes.release(claim)
+            except Withdrawn:
+                self.store.delete(claim.asset, claim.media_id)
 
     # -- scheduling -----------------------------------------------------------------------------------
 
@@ -366,6 +370,9 @@ class _Batch:
     def _claim(self, task: Task) -> None:
         try:
             claim = self.outcomes.claim(task.media_id, task.stage.name, task.version, self.run_id, self.alive)
+        except Withdrawn as error:
+            self._withdraw(task, error)
+            return
         except LostClaim:
             self._busy(task)
             return
@@ -385,8 +392,18 @@ class _Batch:
             self.ready.append(task)
 
     def _busy(self, task: Task) -> None:
-        record = self.outcomes.load([task.media_id], [task.stage.name])[task.media_id, task.stage.name]
+        record = self.outcomes.load([task.media_id], [task.stage.name]).get((task.media_id, task.stage.name))
+        if record is None:  # only a purge deletes records
+            self._withdraw(task, Withdrawn(f"{task.media_id} was purged"))
+            return
         self._settle(task, How.BUSY, record)
+
+    def _withdraw(self, task: Task, error: Withdrawn) -> None:
+        """The upload is gone: settle the task without a record, and leave no file of a purged item behind."""
+        if task.claim is not None:
+            self.store.delete(task.stage.name, task.media_id)
+        gone = Outcome(task.media_id, task.stage.name, task.version, "", Status.RETRYABLE, 0, 0, error=str(error))
+        self._settle(task, How.WITHDRAWN, gone)
 
     def _block(self, task: Task, name: str, record: Outcome | None) -> None:
         if record is None:
@@ -401,6 +418,9 @@ class _Batch:
             retryable = record.status is Status.RETRYABLE
         try:
             blocked = self.outcomes.block(task.media_id, task.stage.name, task.version, cause, retryable, self.run_id)
+        except Withdrawn as error:
+            self._withdraw(task, error)
+            return
         except LostClaim:
             self._busy(task)
             return
@@ -567,6 +587,9 @@ class _Batch:
         fault("engine.before_commit")
         try:
             outcome = self.outcomes.succeed(task.claim, status, content, cost, note)
+        except Withdrawn as error:
+            self._withdraw(task, error)
+            return
         except LostClaim:
             self._busy(task)
             return
@@ -577,6 +600,9 @@ class _Batch:
         assert task.claim is not None
         try:
             outcome = self.outcomes.fail(task.claim, failure, self._cost(task))
+        except Withdrawn as error:
+            self._withdraw(task, error)
+            return
         except LostClaim:
             self._busy(task)
             return

@@ -1,6 +1,7 @@
 """Assets that span items: the catalog and the index shards per bucket, and the near-duplicate groups."""
 
-from collections.abc import Iterator, Mapping
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import dagster as dg
@@ -8,23 +9,32 @@ import dagster as dg
 from media_assets import schemas
 from resources.compute import Needs, op_tags, pool
 from resources.library import Library
-from resources.outcomes import Status
+from resources.outcomes import LIVE
 from resources.settings import Settings
 
 GROUP = "library"
 OWNERS = ["team:ml-platform"]
 RECALL = "recall"
 REBUILT = "rebuilt.digest"
+REBUILT_MARK = "rebuilt_mark"
+SPANNING = frozenset({"catalog", "index_shard", "near_duplicates"})
 _NEEDS = Needs(cpus=2)
 
 
 def live_versions(library: Library) -> dict[str, dict[str, str]]:
     """Version of every live, finished item, by asset and media ID."""
+    return read_live(library)[0]
+
+
+def read_live(library: Library) -> tuple[dict[str, dict[str, str]], str]:
+    """`live_versions` and their digest (see `library_digest`), from one look at the records."""
     found: dict[str, dict[str, str]] = {asset: {} for asset in schemas.PER_MEDIA}
-    for row in library.outcomes.rows():
-        if row["status"] == Status.OK and row["asset"] in found:
-            found[row["asset"]][row["media_id"]] = row["version"]
-    return found
+    digest = hashlib.blake2b(digest_size=10)
+    last = ""
+    for media_id, asset, version in _hashed(library.outcomes.finished(), digest):
+        last = media_id if media_id != last else last  # rows of one item come together: one text serves them all
+        found[asset][last] = version
+    return found, digest.hexdigest()
 
 
 def by_bucket(live: Mapping[str, Mapping[str, str]], count: int) -> dict[int, dict[str, dict[str, str]]]:
@@ -40,16 +50,40 @@ def by_bucket(live: Mapping[str, Mapping[str, str]], count: int) -> dict[int, di
 
 def library_digest(library: Library) -> str:
     """Digest of every live, finished item's versions: what the spanning assets are made from."""
-    from media_assets.catalog import content_digest
+    digest = hashlib.blake2b(digest_size=10)
+    for _ in _hashed(library.outcomes.finished(), digest):
+        pass
+    return digest.hexdigest()
 
-    live = live_versions(library)
-    return content_digest({f"{asset}/{key}": v for asset, items in live.items() for key, v in items.items()})
+
+def _hashed(rows: Iterable[tuple[str, str, str]], digest: Any) -> Iterator[tuple[str, str, str]]:
+    """The rows of assets there are, fed to `digest` on the way."""
+    for row in rows:
+        if row[1] in schemas.PER_MEDIA:
+            digest.update("\t".join(row).encode() + b"\n")
+            yield row
 
 
 def rebuilt_digest(library: Library) -> str | None:
     """The `library_digest` of the last complete rebuild, or None."""
     path = library.store.root / REBUILT
     return path.read_text() if path.exists() else None
+
+
+def library_changed(library: Library) -> bool:
+    """Whether items came, went or changed since the last complete rebuild.
+
+    Costs two index lookups while nothing happened at all, else one pass over the records.
+    """
+    mark, rebuilt = library.outcomes.library_mark(), rebuilt_digest(library)
+    if rebuilt is None:
+        return True
+    if mark == library.remembered(REBUILT_MARK):
+        return False
+    if library_digest(library) != rebuilt:
+        return True
+    library.remember(REBUILT_MARK, mark)
+    return False
 
 
 def build_global_assets(settings: Settings) -> list[dg.AssetsDefinition]:
@@ -101,17 +135,24 @@ def build_global_assets(settings: Settings) -> list[dg.AssetsDefinition]:
     def rebuild_buckets(context: dg.AssetExecutionContext) -> Iterator[Any]:
         library: Library = context.resources.media
         selected = {key.to_user_string() for key in context.selected_asset_keys}
-        live = by_bucket(live_versions(library), library.settings.index.buckets)
-        # Materialized alone, near_duplicates has no partitions.
-        chosen = [int(key) for key in context.partition_keys] if selected - {"near_duplicates"} else []
-        if "catalog" in selected:
-            yield from _catalog(library, {bucket: live[bucket] for bucket in chosen})
-        if "index_shard" in selected:
-            recalls: dict[str, float] = {}
-            yield from _index(library, {bucket: live[bucket]["embeddings"] for bucket in chosen}, recalls)
-            yield _recall_check(recalls, library.settings.index.min_recall)
-        if "near_duplicates" in selected:
-            yield _near_duplicates(library)
+        # While this run lives, it may write of items that were there when it began: a purge asks for its lease.
+        with library.outcomes.lease(context.run.run_id):
+            mark = library.outcomes.library_mark()
+            versions, digest = read_live(library)
+            live = by_bucket(versions, library.settings.index.buckets)
+            # Materialized alone, near_duplicates has no partitions.
+            chosen = [int(key) for key in context.partition_keys] if selected - {"near_duplicates"} else []
+            if "catalog" in selected:
+                yield from _catalog(library, {bucket: live[bucket] for bucket in chosen})
+            if "index_shard" in selected:
+                recalls: dict[str, float] = {}
+                yield from _index(library, {bucket: live[bucket]["embeddings"] for bucket in chosen}, recalls)
+                yield _recall_check(recalls, library.settings.index.min_recall)
+            if "near_duplicates" in selected:
+                yield _near_duplicates(library, versions)
+            if selected == SPANNING and set(chosen) == set(live):
+                library.store.write_bytes(library.store.root / REBUILT, digest.encode())
+                library.remember(REBUILT_MARK, mark)
 
     return [rebuild_buckets]
 
@@ -175,10 +216,8 @@ def _recall_check(recalls: Mapping[str, float], floor: float) -> dg.AssetCheckEv
     )
 
 
-def _near_duplicates(library: Library) -> dg.AssetMaterialization:
-    digest = library_digest(library)
-    table = find_duplicates(library)
-    library.store.write_bytes(library.store.root / REBUILT, digest.encode())
+def _near_duplicates(library: Library, live: Mapping[str, Mapping[str, str]]) -> dg.AssetMaterialization:
+    table = find_duplicates(library, live)
     methods = table.column("method").to_pylist()
     return dg.AssetMaterialization(
         "near_duplicates",
@@ -190,11 +229,16 @@ def _near_duplicates(library: Library) -> dg.AssetMaterialization:
     )
 
 
-def find_duplicates(library: Library) -> Any:
-    """Find the groups over all live items and store them; returns the table."""
+def find_duplicates(library: Library, live: Mapping[str, Mapping[str, str]]) -> Any:
+    """Find the groups over all live items and store them; returns the table. Raises BucketBusy."""
     from media_assets import near_duplicates
+    from media_assets.buckets import exclusive
 
-    live = live_versions(library)
-    table = near_duplicates.find_in(library.store, live, [media_id for media_id, _, _ in library.items()])
-    library.store.write("near_duplicates", "all", table)
+    with exclusive(library.store, near_duplicates.NAME):
+        table = near_duplicates.find_in(library.store, live, [media_id for media_id, _, _ in library.items()])
+        # It takes minutes on a large library: what was withdrawn meanwhile must not come back.
+        states = library.registry.known(table.column("media_id").unique().to_pylist())
+        gone = [media_id for media_id, state in states.items() if state != LIVE]
+        table = near_duplicates.without(table, gone)
+        library.store.write(near_duplicates.NAME, near_duplicates.FILE, table)
     return table

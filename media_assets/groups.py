@@ -111,16 +111,21 @@ def build_group(group: Group, settings: Settings, models: ModelRegistry) -> dg.A
     def run_group(context: dg.AssetExecutionContext, config: Batch) -> Iterator[Any]:
         library: Library = context.resources.media
         wanted = {keys[key] for key in context.selected_asset_keys}
-        batch = media_items(library, batch_keys(context, config))
-        selected = [stage for stage in group.load(library.settings, library.models) if stage.name in wanted]
-        if selected:
-            _materialize(context, library, selected, batch, config.careful)
-        for check in context.selected_asset_check_keys:
-            name = keys[check.asset_key]
-            if check.name == ITEMS:
-                yield items_check(library, name, [item.media_id for item in batch])
-            elif check.name == EXPECTATIONS:
-                yield expectations_check(library, name, [item.media_id for item in batch])
+        # While this run lives, its checks may still quote items of its batch: a purge asks for its lease.
+        with library.outcomes.lease(context.run.run_id):
+            chosen = batch_keys(context, config)
+            batch = media_items(library, chosen)
+            # Without any partition a check is about the library; of a batch that is gone it is about nothing.
+            checked = [item.media_id for item in batch] if chosen else None
+            selected = [stage for stage in group.load(library.settings, library.models) if stage.name in wanted]
+            if selected:
+                _materialize(context, library, selected, batch, config.careful)
+            for check in context.selected_asset_check_keys:
+                name = keys[check.asset_key]
+                if check.name == ITEMS:
+                    yield items_check(library, name, checked)
+                elif check.name == EXPECTATIONS:
+                    yield expectations_check(library, name, checked)
 
     return run_group
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -35,6 +35,7 @@ import pyarrow as pa
 from media_assets import schemas
 from resources.storage import DerivedStore
 
+NAME, FILE = "near_duplicates", "all"
 HASH_BITS = 64
 HASH_BYTES = HASH_BITS // 8
 INFORMATIVE_ONES = (20, 44)
@@ -123,6 +124,21 @@ def find_in(store: DerivedStore, live: Mapping[str, Mapping[str, str]], media_id
         _gather(store, "frames", _finished(live, "frames", chosen), ["media_id", "frame", "phash", "repeat_of"]),
         _gather(store, "embeddings", _finished(live, "embeddings", chosen), ["media_id", "unit", "space", "vector"]),
     )
+
+
+def without(table: pa.Table, media_ids: Collection[str]) -> pa.Table:
+    """`near_duplicates` rows that name none of `media_ids`; a group named after one gets a new name."""
+    gone = set(media_ids)
+    rows = [row for row in table.to_pylist() if not gone & {row["media_id"], row["other_id"]}] if gone else None
+    if rows is None:
+        return table
+    heads: dict[str, str] = {}
+    for row in rows:
+        heads[row["group_id"]] = min(row["media_id"], heads.get(row["group_id"], row["media_id"]))
+    for row in rows:
+        row["group_id"] = heads[row["group_id"]] if row["group_id"] in gone else row["group_id"]
+    rows.sort(key=lambda row: (row["group_id"], row["media_id"], row["other_id"]))
+    return schemas.table(schemas.NEAR_DUPLICATES, rows)
 
 
 def exact_groups(shas: Mapping[str, str]) -> list[list[str]]:

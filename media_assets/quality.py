@@ -18,9 +18,9 @@ _WORST = 20
 _BULK = {"image", "flac", "rgb"}  # bytes no expectation looks at
 
 
-def items_check(library: Library, asset: str, media_ids: Sequence[str]) -> dg.AssetCheckEvaluation:
-    """Passed when every item (of the library, when none are given) ended `ok` or `not_applicable`."""
-    ids = list(media_ids) or [row["media_id"] for row in library.registry.live()]
+def items_check(library: Library, asset: str, media_ids: Sequence[str] | None) -> dg.AssetCheckEvaluation:
+    """Passed when every item (of the library, for None) ended `ok` or `not_applicable`."""
+    ids = _ids(library, media_ids)
     records = library.outcomes.load(ids, [asset])
     failed = [record for record in records.values() if not record.status.done]
     rows = [
@@ -50,11 +50,15 @@ def items_check(library: Library, asset: str, media_ids: Sequence[str]) -> dg.As
     )
 
 
-def batch_table(library: Library, asset: str, media_ids: Sequence[str]) -> pa.Table:
-    """Rows of all finished items among `media_ids` (all live ones when empty), without bulk columns."""
+def _ids(library: Library, media_ids: Sequence[str] | None) -> list[str]:
+    return [row["media_id"] for row in library.registry.live()] if media_ids is None else list(media_ids)
+
+
+def batch_table(library: Library, asset: str, media_ids: Sequence[str] | None) -> pa.Table:
+    """Rows of all finished items among `media_ids` (all live ones for None), without bulk columns."""
     from media_assets.schemas import PER_MEDIA
 
-    ids = list(media_ids) or [row["media_id"] for row in library.registry.live()]
+    ids = _ids(library, media_ids)
     records = library.outcomes.load(ids, [asset])
     schema = PER_MEDIA[asset]
     columns = [name for name in schema.names if name not in _BULK]
@@ -67,7 +71,7 @@ def batch_table(library: Library, asset: str, media_ids: Sequence[str]) -> pa.Ta
     return pa.concat_tables([empty, *tables])
 
 
-def expectations_check(library: Library, asset: str, media_ids: Sequence[str]) -> dg.AssetCheckEvaluation:
+def expectations_check(library: Library, asset: str, media_ids: Sequence[str] | None) -> dg.AssetCheckEvaluation:
     """Great Expectations over the rows of the batch: counts, and the worst rows of what failed."""
     from media_assets.expectations import validate
 

@@ -7,10 +7,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import insert
+
 from resources.backlog import Backlog
 from resources.database import Database
 from resources.models.registry import ModelRegistry
 from resources.outcomes import OutcomeStore
+from resources.records import library_state
 from resources.registry import Registry
 from resources.settings import Settings
 from resources.storage import DerivedStore
@@ -75,6 +79,20 @@ class Library:
         contents = self.outcomes.content_of("media")  # <code version>:<sha256>
         hashes = {media_id: content.rsplit(":", 1)[-1] for media_id, content in contents.items()}
         return [(row["media_id"], row["uri"], hashes.get(row["media_id"])) for row in self.registry.live()]
+
+    def remembered(self, name: str) -> str | None:
+        """A value kept in `library_state`, or None."""
+        query = sa.select(library_state.c.value).where(library_state.c.name == name)
+        with self.database.engine.connect() as connection:
+            value: str | None = connection.execute(query).scalar()
+        return value
+
+    def remember(self, name: str, value: str) -> None:
+        """Keep a value in `library_state`."""
+        statement = insert(library_state).values(name=name, value=value)
+        changed = {"value": statement.excluded.value, "updated_at": sa.func.now()}
+        with self.database.engine.begin() as connection:
+            connection.execute(statement.on_conflict_do_update(index_elements=["name"], set_=changed))
 
     def close(self) -> None:
         """Close the database connections."""

@@ -11,7 +11,9 @@ Transitions (`claim` grows with every claim, so a worker that lost its item cann
     quarantined, retryable (ok, not_applicable on demand) ──reset──▶ retryable, attempts 0
     any but running ──block──▶ retryable | quarantined, class upstream_failed
 
-Every transition is guarded in SQL and written to `outcome_history` in the same transaction.
+Every transition is guarded in SQL and written to `outcome_history` in the same transaction. An upload that is not
+live any more is neither claimed nor blocked, and of a purged one nothing is finished. A claim, a block and a reset
+make the planner look at the item again. Locks are taken in the order uploads, outcomes.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
@@ -35,6 +37,9 @@ from resources.records import outcome_history, outcomes, uploads
 from resources.settings import Engine
 
 _CHUNK = 5000  # rows per statement, well below Postgres' limit of 65,535 parameters
+_PAGE = 10_000  # rows a server-side cursor fetches at once
+LIVE, PURGED = "live", "purged"
+BACKLOG = 1  # planner's priority of what is made again: after fresh uploads
 
 
 class Status(StrEnum):
@@ -54,6 +59,10 @@ class Status(StrEnum):
 
 class LostClaim(Exception):
     """The item was claimed by another run meanwhile; what this worker made is discarded."""
+
+
+class Withdrawn(LostClaim):
+    """The upload was removed, superseded or purged meanwhile; nothing is made from it any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +162,10 @@ class OutcomeStore:
 
         Returns the existing record instead when it must not be claimed: finished or quarantined at this
         version, in flight in another live run, or out of attempts after its workers were lost.
+        Raises LostClaim, Withdrawn. An item that was never registered has no upload that could forbid it.
         """
         with self._transition() as connection:
+            planned = _hold(connection, media_id)
             row = (
                 connection.execute(
                     sa.select(*_FIELDS)
@@ -200,7 +211,8 @@ class OutcomeStore:
             )
             if connection.execute(statement).rowcount != 1:
                 raise LostClaim(f"{asset} of {media_id} was claimed by another run")
-            _unsettle(connection, [media_id])
+            if planned:
+                _unsettle(connection, media_id)
             _record(connection, values)
             return Claim(media_id, asset, version, number, attempts)
 
@@ -210,13 +222,13 @@ class OutcomeStore:
         return _write(connection, current.media_id, current.asset, current.claim, current.version, values)
 
     def succeed(self, claim: Claim, status: Status, content: str, cost: Cost, note: str | None = None) -> Outcome:
-        """Commit `ok` or `not_applicable`. Raises LostClaim."""
+        """Commit `ok` or `not_applicable`. Raises LostClaim, Withdrawn."""
         if not status.done:
             raise ValueError(f"{status} is not a success")
         return self._finish(claim, {"status": status, "content": content, "error": note, **_cost(cost)})
 
     def fail(self, claim: Claim, failure: Failure, cost: Cost) -> Outcome:
-        """Commit a failure: `retryable` with a due time, or `quarantined`. Raises LostClaim."""
+        """Commit a failure: `retryable` with a due time, or `quarantined`. Raises LostClaim, Withdrawn."""
         retry = failure.retryable and claim.attempts < self._settings.max_attempts
         values: dict[str, Any] = {
             "status": Status.RETRYABLE if retry else Status.QUARANTINED,
@@ -230,13 +242,20 @@ class OutcomeStore:
         return self._finish(claim, values)
 
     def release(self, claim: Claim) -> None:
-        """Give the item back on a clean shutdown; the attempt does not count."""
+        """Give the item back on a clean shutdown; the attempt does not count. Raises Withdrawn."""
         values = {"status": Status.RETRYABLE, "attempts": claim.attempts - 1, "retry_at": sa.func.now()}
-        with suppress(LostClaim):
+        try:
             self._finish(claim, values)
+        except Withdrawn:
+            raise
+        except LostClaim:
+            return
 
     def block(self, media_id: str, asset: str, version: str, cause: str, retryable: bool, run_id: str) -> Outcome:
-        """Record that an input of this asset failed; costs no attempt and follows when the input is mended."""
+        """Record that an input of this asset failed; costs no attempt and follows when the input is mended.
+
+        Raises LostClaim, Withdrawn.
+        """
         status = Status.RETRYABLE if retryable else Status.QUARANTINED
         values = {
             "media_id": media_id,
@@ -259,10 +278,12 @@ class OutcomeStore:
             .returning(*_FIELDS)
         )
         with self._transition() as connection:
+            planned = _hold(connection, media_id)
             row = connection.execute(statement).mappings().first()
             if row is None:
                 raise LostClaim(f"{asset} of {media_id} is in flight elsewhere")
-            _unsettle(connection, [media_id])
+            if planned:
+                _unsettle(connection, media_id)
             _record(connection, row)
             return _outcome(row)
 
@@ -287,6 +308,19 @@ class OutcomeStore:
         ):
             if wanted is not None:
                 condition &= column.in_(wanted)
+        return self._restart(condition)
+
+    def replay(self, letters: Sequence[tuple[str, str]]) -> int:
+        """Give these quarantined records, (media_id, asset) each, a fresh start; returns how many still were."""
+        key = sa.tuple_(outcomes.c.media_id, outcomes.c.asset)
+        return sum(
+            self._restart(key.in_(letters[start : start + _CHUNK]) & (outcomes.c.status == Status.QUARANTINED))
+            for start in range(0, len(letters), _CHUNK)
+        )
+
+    def _restart(self, condition: sa.ColumnElement[bool]) -> int:
+        items = sa.select(outcomes.c.media_id).where(condition)
+        held = sa.select(uploads.c.media_id).where(uploads.c.media_id.in_(items)).order_by(uploads.c.media_id)
         statement = (
             sa.update(outcomes)
             .where(condition)
@@ -294,10 +328,14 @@ class OutcomeStore:
             .returning(*_FIELDS)
         )
         with self._transition() as connection:
+            # The registry locks several uploads at once as well; it takes turns with whoever else does.
+            connection.execute(sa.text("select pg_advisory_xact_lock(:space, 1)"), {"space": LOCK_NAMESPACE})
+            connection.execute(held.with_for_update(key_share=True)).all()
             rows = connection.execute(statement).mappings().all()
-            for row in rows:
-                _record(connection, row)
-            _unsettle(connection, sorted({row["media_id"] for row in rows}), due_at=None, launches=0, priority=1)
+            for start in range(0, len(rows), _CHUNK):
+                _record_all(connection, rows[start : start + _CHUNK])
+            for chunk in _chunks(sorted({row["media_id"] for row in rows})):
+                _unsettle(connection, *chunk, due_at=None, launches=0, priority=BACKLOG)
         return len(rows)
 
     def content_of(self, asset: str) -> dict[str, str]:
@@ -307,6 +345,46 @@ class OutcomeStore:
         )
         with self._engine.connect() as connection:
             return {row[0]: row[1] for row in connection.execute(query)}
+
+    def finished(self) -> Iterator[tuple[str, str, str]]:
+        """(media_id, asset, version) of every `ok` record of a live upload, ordered by media ID and asset.
+
+        Read through a server-side cursor: memory holds one page, however large the library is.
+        """
+        query = sa.text(
+            "select o.media_id, o.asset, o.version from outcomes o join uploads u using (media_id)"
+            " where u.state = 'live' and o.status = 'ok' order by o.media_id, o.asset"
+        )
+        with self._engine.connect() as connection:
+            for row in connection.execution_options(yield_per=_PAGE).execute(query):
+                yield row[0], row[1], row[2]
+
+    def failed(self) -> Iterator[dict[str, Any]]:
+        """Records of live uploads that are quarantined or wait for a failed input, with URI and etag, by media ID."""
+        query = sa.text(
+            "select o.media_id, u.uri, u.etag, o.asset, o.version, o.status, o.error_class, o.error, o.updated_at"
+            " from outcomes o join uploads u using (media_id)"
+            " where u.state = 'live' and (o.status = 'quarantined'"
+            " or (o.status = 'retryable' and o.error_class = 'upstream_failed')) order by o.media_id, o.asset"
+        )
+        with self._engine.connect() as connection:
+            for row in connection.execution_options(yield_per=_PAGE).execute(query).mappings():
+                yield dict(row)
+
+    def library_mark(self) -> str:
+        """A text that stays the same as long as no record and no upload changes; two index lookups.
+
+        Ids and times are given out before their transaction commits. While some are under way the mark names
+        them, so that it differs from the mark after they are done.
+        """
+        query = sa.text(
+            "select (select max(id) from outcome_history), (select max(changed_at) from uploads),"
+            " case when pg_snapshot_xmin(s) = pg_snapshot_xmax(s) then 'settled' else s::text end"
+            " from pg_current_snapshot() s"
+        )
+        with self._engine.connect() as connection:
+            history, changed, pending = connection.execute(query).one()
+        return f"{history} {changed and changed.isoformat()} {pending}"
 
     def rows(self) -> list[dict[str, Any]]:
         """Every record of a live item, as plain rows for the `outcomes` view."""
@@ -406,29 +484,47 @@ def _write(
             outcomes.c.claim == claim,
             outcomes.c.version == version,
             outcomes.c.status == Status.RUNNING,
+            ~sa.exists().where(uploads.c.media_id == media_id, uploads.c.state == PURGED),
         )
         .values(**values, updated_at=sa.func.now())
         .returning(*_FIELDS)
     )
     row = connection.execute(statement).mappings().first()
     if row is None:
+        state = connection.execute(sa.select(uploads.c.state).where(uploads.c.media_id == media_id)).scalar()
+        if state == PURGED:
+            raise Withdrawn(f"{media_id} was purged")
         raise LostClaim(f"{asset} of {media_id} was claimed by another run")
     _record(connection, row)
     return _outcome(row)
 
 
-def _unsettle(connection: sa.Connection, media_ids: Sequence[str], **values: Any) -> None:
-    """Make the planner look at these uploads again."""
-    for chunk in _chunks(media_ids):
-        chosen = sa.update(uploads).where(uploads.c.media_id.in_(chunk))
-        connection.execute(
-            (chosen if values else chosen.where(uploads.c.plan.is_not(None))).values(plan=None, **values)
-        )
+def _hold(connection: sa.Connection, media_id: str) -> bool:
+    """Keep the upload as it is until the transaction ends; whether the planner thinks that it is settled.
+
+    Raises Withdrawn unless it is live.
+    """
+    query = sa.select(uploads.c.state, uploads.c.plan).where(uploads.c.media_id == media_id)
+    row = connection.execute(query.with_for_update(key_share=True)).first()
+    if row is None:
+        return False
+    if row.state != LIVE:
+        raise Withdrawn(f"{media_id} is {row.state}")
+    return row.plan is not None
+
+
+def _unsettle(connection: sa.Connection, *media_ids: str, **values: Any) -> None:
+    """Make the planner look at these items again."""
+    connection.execute(sa.update(uploads).where(uploads.c.media_id.in_(media_ids)).values(plan=None, **values))
 
 
 def _record(connection: sa.Connection, row: sa.RowMapping | Mapping[str, Any]) -> None:
+    _record_all(connection, [row])
+
+
+def _record_all(connection: sa.Connection, rows: Sequence[sa.RowMapping | Mapping[str, Any]]) -> None:
     kept = ("media_id", "asset", "version", "claim", "status", "error_class", "error", "run_id")
-    connection.execute(sa.insert(outcome_history).values({name: row.get(name) for name in kept}))
+    connection.execute(sa.insert(outcome_history), [{name: row.get(name) for name in kept} for row in rows])
 
 
 def _cost(cost: Cost) -> dict[str, Any]:
