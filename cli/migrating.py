@@ -79,7 +79,7 @@ def _dagster(database: Database) -> Part:
         tables = set(sa.inspect(connection).get_table_names())
         if "alembic_version" not in tables:
             return Part("Dagster", None, newest, pending=True)
-        current = connection.execute(sa.text("select version_num from alembic_version")).scalar()
+        current: str | None = connection.execute(sa.text("select version_num from alembic_version")).scalar()
         # Dagster notes here which of its rewrites of old rows are done.
         done = set(
             connection.execute(
@@ -89,7 +89,8 @@ def _dagster(database: Database) -> Part:
             else ()
         )
     try:
-        script.get_revision(current)
+        if current is not None:
+            script.get_revision(current)
     except CommandError:
         raise SchemaNewer(
             f"Dagster's tables have schema {current}, this version knows {newest} at most.",

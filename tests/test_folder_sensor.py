@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import dagster as dg
@@ -30,8 +30,8 @@ class Watcher:
     registry: Registry
     folders: list[str]
     now: float
-    memory: Memory = Memory()
-    settings: Ingestion = Ingestion(folder_quiet_s=QUIET_S, folder_hold_s=HOLD_S)
+    memory: Memory = field(default_factory=Memory)
+    settings: Ingestion = field(default_factory=lambda: Ingestion(folder_quiet_s=QUIET_S, folder_hold_s=HOLD_S))
 
     def look(self, later_s: float = QUIET_S + 1) -> Look:
         """One look, `later_s` seconds after the one before."""

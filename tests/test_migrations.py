@@ -80,7 +80,7 @@ def test_an_upgrade_keeps_every_row(old: Database, settings: Settings) -> None:
 
 def test_an_external_database_of_an_older_version_is_refused(old: Database, settings: Settings) -> None:
     """Given an older schema behind a URL, when it is opened, then it is refused with the command, and untouched."""
-    with pytest.raises(SchemaOutdated, match="schema 0001.*media-assets migrate"):
+    with pytest.raises(SchemaOutdated, match=r"schema 0001.*media-assets migrate"):
         Database.open(settings)
     assert old.schema().current == "0001"
 
