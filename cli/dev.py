@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import sqlalchemy as sa
 from rich.console import Console
+from rich.markup import escape
 
 from cli.exit_codes import Exit
 from cli.instance import PROJECT, prepare_environment
 from resources.database import LOCK_NAMESPACE
+from resources.errors import printable
 from resources.library import Library
+from resources.registry import uri_of
 
 HOST = "127.0.0.1"
+FOLDERS_VARIABLE = "MEDIA_INGESTION__FOLDERS"
 _DEV_LOCK = -1  # within the project's advisory locks
 _STOP_S = 30.0
 _POLL_S = 0.1
@@ -28,8 +33,11 @@ _POLL_S = 0.1
 _QUIET = {"PYTHONWARNINGS": "ignore:Function `dev_command` is superseded"}
 
 
-def serve(library: Library, port: int, console: Console) -> int:
-    """Run `dagster dev` until it ends or a signal arrives; the embedded Postgres lives as long."""
+def serve(library: Library, port: int, console: Console, folders: Sequence[Path] = ()) -> int:
+    """Run `dagster dev` until it ends or a signal arrives; the embedded Postgres lives as long.
+
+    `folders` are watched besides those of the settings.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if not _is_free(port):
         console.print(f"Port {port} is in use. Choose another with --port.", style="red", soft_wrap=True)
@@ -41,6 +49,7 @@ def serve(library: Library, port: int, console: Console) -> int:
                 console.print("Another `media-assets dev` runs on this home. Use its UI, or stop it.", style="red")
                 return Exit.USAGE
             folder = prepare_environment(library)
+            _watch(library, folders, console)
             console.print(
                 f"Dagster UI: http://{HOST}:{port} once it says “Serving” below; Ctrl-C stops everything.",
                 soft_wrap=True,
@@ -49,6 +58,18 @@ def serve(library: Library, port: int, console: Console) -> int:
             return _run(port, folder)
     finally:
         library.close()
+
+
+def _watch(library: Library, folders: Sequence[Path], console: Console) -> None:
+    """Set what the child's folder sensor watches, and say it."""
+    # A URI where a name is not UTF-8: the variable is JSON.
+    watched = dict.fromkeys([*library.settings.ingestion.folders, *(uri_of(folder) for folder in folders)])
+    if not watched:
+        console.print("No folder is watched. To have new files processed by themselves: media-assets dev FOLDER")
+        return
+    os.environ[FOLDERS_VARIABLE] = json.dumps(list(watched))
+    names = ", ".join(escape(printable(folder)) for folder in watched)
+    console.print(f"Watching {names}: files that come, change or go are registered.", soft_wrap=True, highlight=False)
 
 
 def _run(port: int, folder: Path) -> int:

@@ -17,13 +17,16 @@ PROJECT = Path(__file__).parents[1]
 _POOL_RECYCLE_S = 3600
 
 
-def prepare_environment(library: Library) -> Path:
-    """Write <home>/dagster/dagster.yaml and set the variables child processes read; returns that folder."""
+def prepare_environment(library: Library, database_url: str | None = None) -> Path:
+    """Write <home>/dagster/dagster.yaml and set the variables child processes read; returns that folder.
+
+    `database_url` is the library's own unless given.
+    """
     folder = library.settings.home / "dagster"
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(PROJECT / "dagster.yaml", folder / "dagster.yaml")
     os.environ["DAGSTER_HOME"] = str(folder)
-    os.environ["MEDIA_DATABASE_URL"] = library.database.url
+    os.environ["MEDIA_DATABASE_URL"] = database_url or library.database.url
     os.environ[HOME_VARIABLE] = str(library.settings.home)
     golden = library.settings.golden
     if golden and Path(golden).exists():  # the child's working directory is another one

@@ -116,16 +116,54 @@ def _assets(select: str | None) -> list[str]:
 
 @app.command()
 def dev(
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Folders to watch, besides those of the setting ingestion.folders.",
+            exists=True,
+            file_okay=False,
+            show_default=False,
+        ),
+    ] = None,
     home: HomeOption = None,
     port: Annotated[int, typer.Option(help="Port of the Dagster UI on loopback.")] = 3000,
 ) -> None:
     """Run the Dagster UI, daemon and embedded Postgres on this machine until interrupted.
 
-    Example: [bold]media-assets dev --port 3000[/bold], then open http://127.0.0.1:3000
+    Files in the watched folders are registered as they come, change and go.
+
+    Example: [bold]media-assets dev ./samples --port 3000[/bold], then open http://127.0.0.1:3000
     """
     from cli.dev import serve
 
-    raise typer.Exit(serve(_open(home), port, _console()))
+    raise typer.Exit(serve(_open(home), port, _console(), paths or []))
+
+
+@app.command()
+def migrate(
+    home: HomeOption = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only say what there is to upgrade; exit 5 if there is something.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Bring the tables of this project and of Dagster up to date, after an upgrade of either.
+
+    An embedded database's own tables upgrade by themselves; those of MEDIA_DATABASE_URL only by this command.
+    """
+    from cli import migrating
+
+    library = _open(home)
+    try:
+        parts = migrating.migrate(library, check, _console())
+    finally:
+        library.close()
+    if as_json:
+        print(json.dumps(migrating.as_json(parts)))
+    else:
+        print("\n".join(migrating.told(part, check) for part in parts))
+    if check and any(part.pending for part in parts):
+        raise typer.Exit(Exit.DATABASE)
 
 
 @app.command()
@@ -343,6 +381,8 @@ def _explain(error: Exception) -> None:
 _FAMILIES: dict[str, Exit] = {
     "database_unavailable": Exit.DATABASE,
     "storage_mismatch": Exit.DATABASE,
+    "schema_outdated": Exit.DATABASE,
+    "schema_newer": Exit.DATABASE,
     "model_unavailable": Exit.MODEL,
     "bad_query": Exit.QUERY,
     "bad_search": Exit.QUERY,

@@ -16,6 +16,8 @@ from jobs.rebuild import build_rebuild_schedule, rebuild_job  # noqa: E402
 from media_assets.global_assets import build_global_assets  # noqa: E402
 from media_assets.groups import GROUPS, build_group  # noqa: E402
 from resources.library import Library  # noqa: E402
+from sensors.alerts import build_alert_sensor  # noqa: E402
+from sensors.folder import build_folder_sensor  # noqa: E402
 from sensors.planner import build_planner_sensor  # noqa: E402
 
 uploads = dg.AssetSpec(
@@ -40,6 +42,8 @@ def build(library: Library) -> dg.Definitions:
         jobs=[*processing_jobs, rebuild_job],
         schedules=[build_rebuild_schedule(settings.index.buckets)],
         sensors=[
+            build_alert_sensor(settings),
+            build_folder_sensor(settings),
             build_planner_sensor(settings, [*processing_jobs, rebuild_job]),
         ],
         resources={"media": dg.ResourceDefinition(lambda _: library)},

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
@@ -15,6 +17,10 @@ from sqlalchemy.dialects.postgresql import insert
 from resources.errors import MediaError
 from resources.records import library_state
 from resources.settings import Settings
+
+if TYPE_CHECKING:
+    from alembic.config import Config
+    from alembic.script import ScriptDirectory
 
 LOCK_NAMESPACE = 0x6D65  # advisory locks of this project: "me"
 
@@ -26,11 +32,38 @@ class DatabaseUnavailable(MediaError):
     remedy = "Check MEDIA_DATABASE_URL, or the log in <home>/postgres/log of the embedded server."
 
 
+class SchemaOutdated(MediaError):
+    """The tables of an external database are of an older version of this project."""
+
+    code, http_status = "schema_outdated", 503
+    remedy = "Stop what uses the database, back it up, and run `media-assets migrate`."
+
+
+class SchemaNewer(MediaError):
+    """The tables are of a newer version of this project than the code."""
+
+    code, http_status = "schema_newer", 503
+    remedy = "Upgrade media-assets on this machine to the version that migrated the database."
+
+
 class StorageMismatch(MediaError):
     """The database belongs to other derived files."""
 
     code, http_status = "storage_mismatch", 409
     remedy = "Use the MEDIA_DATABASE_URL, --home and MEDIA_STORAGE_URL that belong together, or an empty database."
+
+
+@dataclass(frozen=True, slots=True)
+class Schema:
+    """Revision of a database's schema, None for an empty one, and the newest one the code knows."""
+
+    current: str | None
+    newest: str
+
+    @property
+    def pending(self) -> bool:
+        """Whether there is something to migrate."""
+        return self.current != self.newest
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,18 +75,54 @@ class Database:
 
     @classmethod
     def open(cls, settings: Settings) -> Database:
-        """Connect, starting the embedded server when no URL is set, and bring the schema up to date.
+        """Connect, starting the embedded server when no URL is set, and see that the schema is the code's.
 
-        The embedded server stops when the last process using it exits. Raises DatabaseUnavailable.
+        An embedded or an empty database is upgraded; an external one only by `media-assets migrate`. The
+        embedded server stops when the last process using it exits. Raises DatabaseUnavailable,
+        SchemaOutdated, SchemaNewer.
         """
-        url = settings.database_url or _embedded(settings)
-        engine = sa.create_engine(psycopg2_url(url), pool_size=4, pool_pre_ping=True)
-        database = cls(url=psycopg2_url(url), engine=engine)
+        database = cls.connect(settings)
         try:
-            migrate(engine)
-        except sa.exc.OperationalError as error:
-            raise DatabaseUnavailable(f"The database does not answer: {str(error.orig).splitlines()[0]}.") from error
+            state = database.schema()
+            if state.pending and state.current and settings.database_url:
+                raise SchemaOutdated(f"The database has schema {state.current}, this version needs {state.newest}.")
+            database.migrate()
+        except BaseException:
+            database.close()
+            raise
         return database
+
+    @classmethod
+    def connect(cls, settings: Settings) -> Database:
+        """Connect, starting the embedded server when no URL is set, whatever schema there is."""
+        url = psycopg2_url(settings.database_url or _embedded(settings))
+        return cls(url=url, engine=sa.create_engine(url, pool_size=4, pool_pre_ping=True))
+
+    def schema(self) -> Schema:
+        """Revision of the schema in the database and in the code. Raises DatabaseUnavailable, SchemaNewer."""
+        from alembic.util import CommandError
+
+        script = _scripts()
+        newest = script.get_current_head()
+        with _answering(), self.engine.connect() as connection:
+            current = _revision(connection)
+        try:
+            if current is not None:
+                script.get_revision(current)
+        except CommandError:
+            raise SchemaNewer(f"The database has schema {current}, this version knows {newest} at most.") from None
+        return Schema(current, str(newest))
+
+    def migrate(self) -> Schema:
+        """Upgrade the schema to the newest revision, or create it; returns what it was.
+
+        Raises DatabaseUnavailable, SchemaNewer.
+        """
+        before = self.schema()
+        if before.pending:
+            with _answering():
+                upgrade(self.engine)
+        return before
 
     def belongs_to(self, storage: str) -> None:
         """Bind the database to the storage of its derived files, once. Raises StorageMismatch for another.
@@ -80,23 +149,38 @@ def psycopg2_url(url: str) -> str:
     return f"postgresql+psycopg2://{rest}" if scheme in ("postgres", "postgresql") else url
 
 
-def migrate(engine: sa.Engine) -> None:
-    """Upgrade the schema to the newest revision; costs one query when it is there already."""
+@contextmanager
+def _answering() -> Iterator[None]:
+    try:
+        yield
+    except sa.exc.OperationalError as error:
+        raise DatabaseUnavailable(f"The database does not answer: {str(error.orig).splitlines()[0]}.") from error
+
+
+def upgrade(engine: sa.Engine, revision: str = "head") -> None:
+    """Run the migrations up to `revision` in one transaction; a no-op when they have run."""
     from alembic import command
+
+    config = _config()
+    with engine.begin() as connection:
+        # Two processes may start on an empty database at once; the second waits and finds it done.
+        connection.execute(sa.text("select pg_advisory_xact_lock(:space, 0)"), {"space": LOCK_NAMESPACE})
+        config.attributes["connection"] = connection
+        command.upgrade(config, revision)
+
+
+def _config() -> Config:
     from alembic.config import Config
-    from alembic.script import ScriptDirectory
 
     config = Config()
     config.set_main_option("script_location", "resources:migrations")
-    head = ScriptDirectory.from_config(config).get_current_head()
-    with engine.begin() as connection:
-        if _revision(connection) == head:
-            return
-        # Two processes may start on an empty database at once; the second waits and finds it done.
-        connection.execute(sa.text("select pg_advisory_xact_lock(:space, 0)"), {"space": LOCK_NAMESPACE})
-        if _revision(connection) != head:
-            config.attributes["connection"] = connection
-            command.upgrade(config, "head")
+    return config
+
+
+def _scripts() -> ScriptDirectory:
+    from alembic.script import ScriptDirectory
+
+    return ScriptDirectory.from_config(_config())
 
 
 def _revision(connection: sa.Connection) -> str | None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 import sqlalchemy as sa
@@ -65,6 +65,28 @@ class Registered:
     removed: tuple[str, ...]
 
 
+class LocalFile(NamedTuple):
+    """A regular file on this machine: its absolute path and what `stat` says of it, links followed."""
+
+    path: str
+    info: os.stat_result
+
+    @property
+    def uri(self) -> str:
+        """As `uri_of` of its path."""
+        return _absolute_uri(self.path)
+
+    @property
+    def etag(self) -> str:
+        """Its size and its time of modification."""
+        return f"{self.info.st_size:x}-{self.info.st_mtime_ns:x}"
+
+    def upload(self, observed_at: datetime | None = None) -> Upload:
+        """The file as an upload."""
+        modified = datetime.fromtimestamp(self.info.st_mtime, UTC)
+        return Upload(self.uri, self.etag, self.info.st_size, modified, observed_at=observed_at)
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """A path that could not be looked at while discovering, and why."""
@@ -77,18 +99,30 @@ def media_id(uri: str, etag: str) -> str:
     """ID of one version of one upload; a changed object has another ID."""
     name = unicodedata.normalize("NFKD", uri.rstrip("/").rsplit("/", 1)[-1])
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40].strip("-") or "media"
-    digest = hashlib.blake2b(f"{uri}\n{etag}".encode(), digest_size=6).hexdigest()
-    return f"{slug}-{digest}"
+    return f"{slug}-{version_digest(uri, etag)}"
+
+
+def version_digest(uri: str, etag: str) -> str:
+    """The 12 hexadecimal digits at the end of a media ID, which alone tell one version of one upload."""
+    return hashlib.blake2b(f"{uri}\n{etag}".encode(), digest_size=6).hexdigest()
 
 
 def uri_of(path: Path | str) -> str:
     """The absolute path as text; a name that is not UTF-8 becomes a percent-encoded file:// URI."""
-    absolute = os.path.abspath(path)
+    return _absolute_uri(os.path.abspath(path))
+
+
+def _absolute_uri(path: str) -> str:
     try:
-        absolute.encode()
+        path.encode()
     except UnicodeEncodeError:
-        return _FILE_SCHEME + quote_from_bytes(os.fsencode(absolute))
-    return absolute
+        return encoded_uri(path)
+    return path
+
+
+def encoded_uri(path: str) -> str:
+    """An absolute path as a percent-encoded file:// URI, whatever bytes are in it."""
+    return _FILE_SCHEME + quote_from_bytes(os.fsencode(path))
 
 
 def local_path(uri: str) -> str | None:
@@ -106,33 +140,32 @@ def discover(paths: Sequence[str | Path]) -> Iterator[Upload | Problem]:
         if "://" in text and not text.startswith(_FILE_SCHEME):
             yield from _discover_remote(text)
         else:
-            yield from _discover(local_path(text) or text, seen)
+            for found in walk([os.path.abspath(local_path(text) or text)], seen):
+                yield found.upload() if isinstance(found, LocalFile) else found
 
 
-def _discover(path: str, seen: set[tuple[int, int]]) -> Iterator[Upload | Problem]:
-    try:
-        info = os.stat(path)
-        if stat.S_ISDIR(info.st_mode):
-            if (info.st_dev, info.st_ino) in seen:
-                return
-            seen.add((info.st_dev, info.st_ino))
-            names = sorted(name for name in os.listdir(path) if not name.startswith("."))
-        elif stat.S_ISREG(info.st_mode):
-            yield _upload(path, info)
-            return
-        else:
-            yield Problem(path, "neither a file nor a folder")
-            return
-    except OSError as error:
-        yield Problem(path, error.strerror or str(error))
-        return
-    for name in names:
-        yield from _discover(os.path.join(path, name), seen)
+def walk(paths: Sequence[str], seen: set[tuple[int, int]] | None = None) -> Iterator[LocalFile | Problem]:
+    """Regular files at and below absolute local `paths`, in the order of their names; nothing raises.
 
-
-def _upload(path: str, info: os.stat_result) -> Upload:
-    modified = datetime.fromtimestamp(info.st_mtime, UTC)
-    return Upload(uri_of(path), f"{info.st_size:x}-{info.st_mtime_ns:x}", info.st_size, modified)
+    Hidden entries below them are left out. A folder reached twice, through a link, is listed once: `seen`
+    holds device and inode of those listed so far.
+    """
+    listed = set() if seen is None else seen
+    waiting = list(reversed(paths))
+    while waiting:
+        path = waiting.pop()
+        try:
+            info = os.stat(path)
+            if stat.S_ISREG(info.st_mode):
+                yield LocalFile(path, info)
+            elif not stat.S_ISDIR(info.st_mode):
+                yield Problem(path, "neither a file nor a folder")
+            elif (info.st_dev, info.st_ino) not in listed:
+                listed.add((info.st_dev, info.st_ino))
+                names = [name for name in os.listdir(path) if not name.startswith(".")]
+                waiting.extend(os.path.join(path, name) for name in sorted(names, reverse=True))
+        except OSError as error:
+            yield Problem(path, error.strerror or str(error))
 
 
 def _discover_remote(url: str) -> Iterator[Upload | Problem]:

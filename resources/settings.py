@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 HOME_VARIABLE = "MEDIA_HOME"
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
 
 class Limits(_Section):
@@ -74,6 +75,7 @@ class Ingestion(_Section):
 
     folders: tuple[str, ...] = Field((), description="folders that folder_sensor watches")
     folder_quiet_s: float = Field(5.0, ge=0, description="a file unchanged for this long counts as written, seconds")
+    folder_hold_s: float = Field(600.0, ge=0, description="wait before many files gone at once are believed, seconds")
     queue_url: str | None = Field(None, description="SQS queue fed by S3 event notifications")
     dead_letter_url: str | None = Field(None, description="SQS queue for messages that cannot be understood")
     queue_endpoint_url: str | None = Field(None, description="endpoint of an SQS-compatible service; default: AWS")
@@ -82,6 +84,13 @@ class Ingestion(_Section):
     inventory_every_s: float = Field(3600.0, ge=0, description="pause between two full listings of a prefix, seconds")
     inventory_page: int = Field(1000, ge=1, le=1000, description="keys per page of a listing")
     tick_budget_s: float = Field(25.0, gt=0, lt=55, description="wall time of one tick; Dagster ends it at 60, seconds")
+
+    @field_validator("folders")
+    @classmethod
+    def _absolute(cls, folders: tuple[str, ...]) -> tuple[str, ...]:
+        if wrong := [folder for folder in folders if not folder.startswith(("/", "file:///"))]:
+            raise ValueError(f"not an absolute path: {', '.join(wrong)}")
+        return folders
 
 
 class Planner(_Section):
@@ -101,11 +110,20 @@ class Planner(_Section):
 class Alerts(_Section):
     """Where failures are posted."""
 
-    webhook_url: str | None = Field(None, description="URL that gets a POST per failure; default: none")
+    webhook_url: SecretStr | None = Field(None, description="http(s) URL that failures are posted to; default: none")
     format: Literal["json", "slack"] = Field("json", description="body: generic JSON, or Slack's `text`")
     min_interval_s: float = Field(
         60.0, ge=0, description="pause between two posts, seconds; failures within it are joined"
     )
+    timeout_s: float = Field(10.0, gt=0, le=30, description="time the receiver has to answer, seconds")
+
+    @field_validator("webhook_url")
+    @classmethod
+    def _http(cls, url: SecretStr | None) -> SecretStr | None:
+        parts = urlsplit(url.get_secret_value()) if url else None
+        if parts and (parts.scheme not in ("http", "https") or not parts.hostname):
+            raise ValueError("must begin with http:// or https:// and name a host")
+        return url
 
 
 class Settings(BaseSettings):
@@ -116,7 +134,12 @@ class Settings(BaseSettings):
     """
 
     model_config = SettingsConfigDict(
-        frozen=True, extra="forbid", env_prefix="MEDIA_", env_nested_delimiter="__", env_ignore_empty=True
+        frozen=True,
+        extra="forbid",
+        hide_input_in_errors=True,  # some of them are passwords
+        env_prefix="MEDIA_",
+        env_nested_delimiter="__",
+        env_ignore_empty=True,
     )
 
     home: Path = Field(Path("var"), description="folder that holds all state")
