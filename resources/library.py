@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from resources.database import Database
 from resources.models.registry import ModelRegistry
+from resources.object_store import location
 from resources.outcomes import OutcomeStore
 from resources.registry import Registry
 from resources.settings import Settings
@@ -33,7 +34,9 @@ class Library:
     @cached_property
     def store(self) -> DerivedStore:
         """Tables of derived artifacts."""
-        return DerivedStore(self.settings.storage_url or self.settings.home / "derived")
+        settings = self.settings
+        root = location(settings.storage_url or settings.home / "derived", settings.s3)
+        return DerivedStore(root, settings.s3.part_bytes)
 
     @cached_property
     def models(self) -> ModelRegistry:
