@@ -285,7 +285,7 @@ class Listed:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """One page of a listing: what was there at `observed_at`, by the earlier of both clocks. `last` is its last key."""
+    """One page of a listing: what was there at `observed_at`. `last` is its last key."""
 
     objects: tuple[Listed, ...]
     last: str | None
@@ -317,16 +317,17 @@ def list_page(s3: S3, bucket: str, prefix: str, after: str, size: int, patience_
 
 
 def _observed(before: datetime, answer: dict[str, Any]) -> datetime:
-    """The moment before a request, by this clock or the store's, whichever is behind.
+    """The moment before a request, by the store's clock where ours runs ahead of it.
 
-    A clock of ours that runs ahead would let this listing win over an event that happened after it.
+    Ours would let this listing win over an event that happened after it. The store tells whole seconds, so that is
+    how finely the clocks can be compared.
     """
     try:
         date = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
     except (KeyError, ValueError):
         return before
-    took = max(timedelta(), datetime.now(UTC) - before)
-    return min(before, date - took)
+    now = datetime.now(UTC)
+    return before if now < date + timedelta(seconds=1) else before - (now - date)
 
 
 def list_all(s3: S3, bucket: str, prefix: str) -> Iterator[tuple[Listed, datetime]]:
@@ -338,20 +339,37 @@ def list_all(s3: S3, bucket: str, prefix: str) -> Iterator[tuple[Listed, datetim
         after, more = page.last or after, page.more
 
 
-def find_object(s3: S3, url: str, patience_s: float | None = None) -> tuple[Listed, datetime] | None:
+def find_object(s3: S3, url: str) -> tuple[Listed, datetime] | None:
     """The object at exactly this URL and when it was seen, None where there is none. Raises Unreadable."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     bucket, key = split(url)
     before = datetime.now(UTC)
     try:
-        found = client(s3, patience_s).head_object(Bucket=bucket, Key=key)
+        found = client(s3).head_object(Bucket=bucket, Key=key)
     except (BotoCoreError, ClientError) as error:
         if error_code(error) in _GONE:
             return None
         raise explained(error, s3, f"s3://{printable(bucket, 80)}") from error
     listed = Listed(key, str(found.get("ETag", "")).strip('"'), int(found["ContentLength"]), found.get("LastModified"))
     return listed, _observed(before, found)
+
+
+def is_gone(s3: S3, url: str, patience_s: float | None = None) -> bool:
+    """Whether the store says that there is no such object; an object nobody may look at is not gone.
+
+    Raises Unreadable where the store gives no answer.
+    """
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    bucket, key = split(url)
+    try:
+        client(s3, patience_s).head_object(Bucket=bucket, Key=key)
+    except (BotoCoreError, ClientError) as error:
+        if error_code(error) in _GONE | _DENIED:
+            return error_code(error) in _GONE
+        raise explained(error, s3, f"s3://{printable(bucket, 80)}") from error
+    return False
 
 
 def put_bytes(path: UPath, data: bytes, part_bytes: int) -> None:

@@ -240,17 +240,15 @@ class Registry:
         with self._engine.connect() as connection:
             return {row[0]: row[1] for row in connection.execute(query)}
 
-    def live_between(
-        self, prefix: str, after: str, upto: str | None, listed: Sequence[str] = (), limit: int = 1000
-    ) -> list[str]:
-        """URIs below `prefix` of live uploads, in the order of their bytes, `listed` ones left out.
+    def live_between(self, prefix: str, after: str, upto: str | None, limit: int) -> list[str]:
+        """The first `limit` URIs of live uploads below `prefix`, in the order of their bytes.
 
         Those behind `after` and up to and including `upto`; to the end of the prefix without it.
         """
         uri = uploads.c.uri
         end = uri < _behind(prefix) if upto is None else uri <= upto
         query = sa.select(uri).where(uploads.c.state == "live", uri >= prefix, uri > after, end)
-        query = query.where(sa.func.starts_with(uri, prefix), uri.not_in(listed)).order_by(uri).limit(limit)
+        query = query.where(sa.func.starts_with(uri, prefix)).order_by(uri).limit(limit)
         with self._engine.connect() as connection:
             return list(connection.execute(query).scalars())
 

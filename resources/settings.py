@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 HOME_VARIABLE = "MEDIA_HOME"
@@ -90,6 +90,15 @@ class Ingestion(_Section):
     inventory_every_s: float = Field(3600.0, ge=0, description="pause between two full listings of a prefix, seconds")
     inventory_page: int = Field(1000, ge=1, le=1000, description="keys per page of a listing")
     tick_budget_s: float = Field(25.0, gt=0, lt=55, description="wall time of one tick; Dagster ends it at 60, seconds")
+
+    @field_validator("prefixes")
+    @classmethod
+    def _on_s3(cls, prefixes: tuple[str, ...]) -> tuple[str, ...]:
+        for prefix in prefixes:
+            bucket = prefix.removeprefix("s3://").partition("/")[0]
+            if not prefix.startswith("s3://") or not bucket:
+                raise ValueError(f"ingestion.prefixes must look like s3://bucket/prefix, not {prefix!r}")
+        return prefixes
 
 
 class Planner(_Section):

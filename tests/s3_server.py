@@ -56,7 +56,7 @@ def s3_server() -> Iterator[str]:
         f"-dir={folder}",
         "-master.telemetry=false",
         "-master.volumeSizeLimitMB=64",
-        "-volume.max=40",
+        "-volume.max=1000",
         "-s3",
         "-iam=false",
         f"-s3.config={identities}",
