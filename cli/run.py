@@ -72,7 +72,7 @@ class Work:
         ids: list[str] | None = None
         if paths:
             self._say("looking for media files")
-            found, problems = _split(discover(paths))
+            found, problems = _split(discover(paths, self.library.settings.s3))
             self.summary.problems = [{"path": _shown(p.path), "reason": p.reason} for p in problems]
             registered = self.library.registry.register(found)
             ids = list(registered.media_ids)

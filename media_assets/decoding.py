@@ -1,18 +1,20 @@
-"""The decode group's shared work: one local copy and one decode pass per item, whichever stage asks first."""
+"""The decode group's shared work: one source and one decode pass per item, whichever stage asks first."""
 
 from __future__ import annotations
 
 from media_assets.stage import Inputs
 from resources.decoding.client import Decoded, decoder
-from resources.decoding.sources import LocalFile, localize
+from resources.decoding.sources import Source, localize
 from resources.settings import Settings
 
 PARTS = frozenset({"frames", "audio"})
 
 
-def local_file(inputs: Inputs, settings: Settings) -> LocalFile:
-    """The item's file on this machine; a download is made once per item and removed with the item."""
-    return inputs.once("source", lambda: localize(inputs.item.uri, settings.limits.max_bytes))
+def source(inputs: Inputs, settings: Settings) -> Source:
+    """The item's file or object; a copy of an object is made once per item and removed with the item."""
+    item, limits = inputs.item, settings.limits
+    keep = bool(inputs.selected & PARTS)
+    return inputs.once("source", lambda: localize(item.uri, limits.max_bytes, settings.s3, item.etag, keep))
 
 
 def decoded(inputs: Inputs, settings: Settings, part: str) -> Decoded:
@@ -26,6 +28,6 @@ def decoded(inputs: Inputs, settings: Settings, part: str) -> Decoded:
     return inputs.once(
         ("decode", wanted),
         lambda: decoder(settings).decode(
-            local_file(inputs, settings), media["kind"], media["bytes"], media["duration_s"], wanted
+            source(inputs, settings), media["kind"], media["bytes"], media["duration_s"], wanted
         ),
     )

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from media_assets import schemas
-from media_assets.decoding import local_file
+from media_assets.decoding import source
 from media_assets.stage import Inputs, Prepared, Product, Stage
 from media_assets.versions import code_version
 from resources.decoding.client import Probed, decoder
@@ -27,7 +27,7 @@ class Media(Stage[None, None]):
 
     def prepare(self, inputs: Inputs) -> Prepared[None]:
         """Probe in a decoder process. Raises MediaError: unreadable, empty, unsupported, too_large, ..."""
-        return Prepared(carry=decoder(self.settings).probe(local_file(inputs, self.settings)))
+        return Prepared(carry=decoder(self.settings).probe(source(inputs, self.settings)))
 
     def assemble(self, inputs: Inputs, carry: Any, outputs: Mapping[str, None]) -> Product:  # noqa: ARG002
         """One row, and one row per paragraph or cue in the side table `text`."""

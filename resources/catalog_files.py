@@ -19,6 +19,7 @@ import pyarrow.dataset as ds
 import pyarrow.fs as pafs
 from upath import UPath
 
+from resources.object_store import put_file
 from resources.storage import DerivedStore
 
 CATALOG = "catalog"
@@ -116,4 +117,4 @@ def publishing(store: DerivedStore, path: UPath) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         local = Path(folder) / path.name
         yield local
-        path.fs.put_file(str(local), path.path)
+        put_file(path, local, store.part_bytes)

@@ -13,6 +13,7 @@ from sqlalchemy.dialects.postgresql import insert
 from resources.backlog import Backlog
 from resources.database import Database
 from resources.models.registry import ModelRegistry
+from resources.object_store import location
 from resources.outcomes import OutcomeStore
 from resources.records import library_state
 from resources.registry import Registry
@@ -38,7 +39,9 @@ class Library:
     @cached_property
     def store(self) -> DerivedStore:
         """Tables of derived artifacts."""
-        return DerivedStore(self.settings.storage_url or self.settings.home / "derived")
+        settings = self.settings
+        root = location(settings.storage_url or settings.home / "derived", settings.s3)
+        return DerivedStore(root, settings.s3.part_bytes)
 
     @cached_property
     def models(self) -> ModelRegistry:

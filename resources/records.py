@@ -12,7 +12,8 @@ uploads = sa.Table(
     "uploads",
     metadata,
     sa.Column("media_id", sa.Text, primary_key=True),
-    sa.Column("uri", sa.Text, nullable=False),
+    # In the order of its bytes, as S3 lists keys, so that a page of a listing is one range of the index.
+    sa.Column("uri", sa.Text(collation="C"), nullable=False),
     sa.Column("etag", sa.Text, nullable=False),
     sa.Column("object_version", sa.Text),
     sa.Column("bytes", sa.BigInteger),
@@ -39,7 +40,7 @@ uploads = sa.Table(
 removals = sa.Table(
     "removals",
     metadata,
-    sa.Column("uri", sa.Text, primary_key=True),
+    sa.Column("uri", sa.Text(collation="C"), primary_key=True),
     sa.Column("observed_at", _timestamp, nullable=False),
     sa.Column("sequencer", sa.Text, nullable=False, server_default=""),
 )

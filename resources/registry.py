@@ -18,7 +18,10 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
 
 from resources.database import LOCK_NAMESPACE, Database
+from resources.errors import MediaError
+from resources.object_store import SCHEME, Listed, find_object, is_s3, list_all, split
 from resources.records import removals, uploads
+from resources.settings import S3
 
 _CHUNK = 5000
 _FILE_SCHEME = "file://"
@@ -132,13 +135,16 @@ def local_path(uri: str) -> str | None:
     return None if "://" in uri else uri
 
 
-def discover(paths: Sequence[str | Path]) -> Iterator[Upload | Problem]:
-    """Files below `paths`, sorted; hidden files are left out, symlink loops end, nothing raises."""
+def discover(paths: Sequence[str | Path], s3: S3 | None = None) -> Iterator[Upload | Problem]:
+    """Files below `paths`, sorted; hidden files are left out, symlink loops end, nothing raises.
+
+    `s3://bucket/name` is the object of that name, or else the folder: every key below `name/`.
+    """
     seen: set[tuple[int, int]] = set()
     for path in paths:
         text = os.fspath(path)
         if "://" in text and not text.startswith(_FILE_SCHEME):
-            yield from _discover_remote(text)
+            yield from _discover_s3(text, s3 or S3()) if is_s3(text) else _discover_remote(text)
         else:
             for found in walk([os.path.abspath(local_path(text) or text)], seen):
                 yield found.upload() if isinstance(found, LocalFile) else found
@@ -166,6 +172,23 @@ def walk(paths: Sequence[str], seen: set[tuple[int, int]] | None = None) -> Iter
                 waiting.extend(os.path.join(path, name) for name in sorted(names, reverse=True))
         except OSError as error:
             yield Problem(path, error.strerror or str(error))
+
+
+def _discover_s3(url: str, s3: S3) -> Iterator[Upload | Problem]:
+    bucket, key = split(url)
+    try:
+        single = find_object(s3, url) if key and not key.endswith("/") else None
+        folder = f"{key.rstrip('/')}/" if key.rstrip("/") else ""
+        for found, observed_at in [single] if single else list_all(s3, bucket, folder):
+            yield upload_of(bucket, found, observed_at)
+    except MediaError as error:
+        yield Problem(url, str(error))
+
+
+def upload_of(bucket: str, found: Listed, observed_at: datetime, source: str = "s3") -> Upload:
+    """A listed object as an upload, under the same ID that its event gives it."""
+    uri = f"{SCHEME}{bucket}/{found.key}"
+    return Upload(uri, found.etag, found.bytes, found.modified_at, source, observed_at=observed_at)
 
 
 def _discover_remote(url: str) -> Iterator[Upload | Problem]:
@@ -249,6 +272,26 @@ class Registry:
         )
         with self._engine.connect() as connection:
             return {row[0]: row[1] for row in connection.execute(query)}
+
+    def live_between(self, prefix: str, after: str, upto: str | None, limit: int) -> list[str]:
+        """The first `limit` URIs of live uploads below `prefix`, in the order of their bytes.
+
+        Those behind `after` and up to and including `upto`; to the end of the prefix without it.
+        """
+        uri = uploads.c.uri
+        end = uri < _behind(prefix) if upto is None else uri <= upto
+        query = sa.select(uri).where(uploads.c.state == "live", uri >= prefix, uri > after, end)
+        query = query.where(sa.func.starts_with(uri, prefix)).order_by(uri).limit(limit)
+        with self._engine.connect() as connection:
+            return list(connection.execute(query).scalars())
+
+
+def _behind(prefix: str) -> str:
+    """The least text that sorts behind everything that begins with `prefix`."""
+    last = ord(prefix[-1]) + 1
+    if 0xD800 <= last <= 0xDFFF:
+        last = 0xE000
+    return prefix[:-1] + chr(last) if last <= 0x10FFFF else _behind(prefix[:-1])
 
 
 def _upsert_uploads(connection: sa.Connection, found: Sequence[Upload], now: datetime, priority: int) -> list[str]:

@@ -66,8 +66,16 @@ class S3(_Section):
     max_attempts: int = Field(5, ge=1, description="attempts of one request, with AWS' adaptive back-off")
     connect_timeout_s: float = Field(5.0, gt=0, description="time to connect, seconds")
     read_timeout_s: float = Field(60.0, gt=0, description="time between two bytes of an answer, seconds")
-    part_bytes: int = Field(16 * 2**20, ge=5 * 2**20, description="size above which, and of which, parts are uploaded")
+    part_bytes: int = Field(16 * 2**20, ge=5 * 2**20, description="bytes per part of an upload of two parts or more")
     block_bytes: int = Field(4 * 2**20, ge=2**16, description="bytes fetched per ranged read of a media file")
+    copy_bytes: int = Field(
+        512 * 2**20,
+        ge=0,
+        description="largest object copied to a temporary file for decoding; larger ones are streamed",
+    )
+    checksums: Literal["when_supported", "when_required"] = Field(
+        "when_supported", description="CRC32 with every request; when_required for stores that refuse it"
+    )
 
 
 class Ingestion(_Section):
@@ -91,6 +99,15 @@ class Ingestion(_Section):
         if wrong := [folder for folder in folders if not folder.startswith(("/", "file:///"))]:
             raise ValueError(f"not an absolute path: {', '.join(wrong)}")
         return folders
+
+    @field_validator("prefixes")
+    @classmethod
+    def _on_s3(cls, prefixes: tuple[str, ...]) -> tuple[str, ...]:
+        for prefix in prefixes:
+            bucket = prefix.removeprefix("s3://").partition("/")[0]
+            if not prefix.startswith("s3://") or not bucket:
+                raise ValueError(f"ingestion.prefixes must look like s3://bucket/prefix, not {prefix!r}")
+        return prefixes
 
 
 class Planner(_Section):

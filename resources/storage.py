@@ -12,8 +12,10 @@ import pyarrow.parquet as pq
 from upath import UPath
 
 from resources.faults import fault
+from resources.object_store import is_s3, put_bytes
 
 COMPRESSION = "zstd"
+PART_BYTES = 16 * 2**20
 
 
 class DerivedStore:
@@ -24,8 +26,9 @@ class DerivedStore:
     Writing goes to a temporary name and is moved, so a reader never sees half a file.
     """
 
-    def __init__(self, root: str | Path | UPath) -> None:
+    def __init__(self, root: str | Path | UPath, part_bytes: int = PART_BYTES) -> None:
         self.root = UPath(root)
+        self.part_bytes = part_bytes
         self._local = isinstance(self.root, os.PathLike)
 
     def path(self, asset: str, media_id: str, side: str = "") -> UPath:
@@ -33,16 +36,19 @@ class DerivedStore:
         return self.root / asset / (f"{media_id}.{side}.parquet" if side else f"{media_id}.parquet")
 
     def write(self, asset: str, media_id: str, table: pa.Table, side: str = "") -> int:
-        """Write `table` atomically; returns bytes written. Raises OSError (disk full, permissions)."""
+        """Write `table` atomically; returns bytes written. Raises OSError (disk full, permissions), StorageFailed."""
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression=COMPRESSION)
         return self.write_bytes(self.path(asset, media_id, side), sink.getvalue())
 
     def write_bytes(self, path: UPath, data: bytes | memoryview | pa.Buffer) -> int:
-        """Write `data` at `path` atomically: a temporary file and a rename, or one PUT on an object store."""
+        """Write `data` at `path` atomically: a temporary file and a rename, or one upload to an object store.
+
+        Raises OSError, and StorageFailed when an object store keeps something else than was sent.
+        """
         view = memoryview(data)
         if not self._local:
-            path.write_bytes(bytes(view))
+            put_bytes(path, bytes(view), self.part_bytes)
             return view.nbytes
         final = Path(str(path))
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -69,8 +75,17 @@ class DerivedStore:
 
     def sides(self, asset: str, media_id: str) -> Iterator[str]:
         """Names of the side tables stored for one asset and media item."""
-        for path in (self.root / asset).glob(f"{media_id}.*.parquet"):
-            yield path.name.removeprefix(f"{media_id}.").removesuffix(".parquet")
+        for name in self._names(asset, f"{media_id}."):
+            if (side := name.removeprefix(f"{media_id}.").removesuffix(".parquet")) != "parquet":
+                yield side
+
+    def _names(self, asset: str, prefix: str) -> Iterator[str]:
+        """File names of an asset that begin with `prefix`; an object store lists these alone."""
+        folder = self.root / asset
+        if is_s3(str(folder)):
+            yield from (name.rsplit("/", 1)[-1] for name in folder.fs.find(folder.path, maxdepth=1, prefix=prefix))
+        elif folder.exists():
+            yield from (path.name for path in folder.iterdir() if path.name.startswith(prefix))
 
     def copy(self, asset: str, source_id: str, target_id: str, sides: Mapping[str, object] | tuple[str, ...]) -> int:
         """Copy a twin's tables, rewriting `media_id`; returns bytes written."""

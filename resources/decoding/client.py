@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from resources import errors
 from resources.decoding import protocol
 from resources.decoding.pool import DecoderPool, Message
-from resources.decoding.sources import LocalFile
+from resources.decoding.sources import LocalFile, RemoteFile, Source
 from resources.errors import DecoderCrashed, MediaError
 from resources.settings import Decoding, Limits, Settings
 
@@ -56,12 +56,9 @@ class _Wire(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class MediaFacts(_Wire):
-    """What the probe found; sizes in pixels as displayed, times in seconds, rotation clockwise in degrees."""
-
+class _Probe(_Wire):
     kind: Literal["video", "audio", "image", "text"]
     mime: Name
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     bytes: Annotated[int, Field(ge=0)]
     duration_s: Seconds | None
     width: Pixels | None
@@ -72,6 +69,18 @@ class MediaFacts(_Wire):
     video_codec: Name | None
     audio_codec: Name | None
     start_offset_s: Annotated[float, Field(ge=-1e7, le=1e7, allow_inf_nan=False)] | None
+
+
+class MediaFacts(_Probe):
+    """What the probe found; sizes in pixels as displayed, times in seconds, rotation clockwise in degrees."""
+
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _RemoteFacts(_Probe):
+    """What the probe of an object found: all but its hash, for which it would have to be read whole."""
+
+    sha256: Literal[""]
 
 
 class _Segments(_Wire):
@@ -200,30 +209,41 @@ class Decoder:
         self._threads = max(1, min(MAX_THREADS, (os.cpu_count() or 1) // decoding.workers))
         self.pool = DecoderPool(decoding.workers, limits.decode_memory_bytes, limits.decode_timeout_s)
 
-    def probe(self, file: LocalFile) -> Probed:
-        """Facts and text of a file. Raises MediaError of the class that fits."""
-        facts: list[MediaFacts] = []
+    def probe(self, file: Source) -> Probed:
+        """Facts and text of a file. Raises MediaError of the class that fits.
+
+        A remote object is judged by ranges of it; only one that passes is read whole, for its hash.
+        """
+        if isinstance(file, LocalFile):
+            facts, segments = self._probe(file, MediaFacts)
+            return Probed(facts, segments)
+        seen, segments = self._probe(file, _RemoteFacts)
+        if seen.bytes != file.bytes:
+            raise DecoderCrashed("The decoder process sent a size that is not the object's.")
+        return Probed(MediaFacts(**{**seen.model_dump(), "sha256": file.sha256()}), segments)
+
+    def _probe(self, file: Source, model: type[M]) -> tuple[M, tuple[TextSegment, ...]]:
+        facts: list[M] = []
         segments: list[TextSegment] = []
         budget_s = self._limits.decode_timeout_s + self._limits.max_bytes / HASH_BYTES_PER_S
-        with closing(self._messages(self._request("probe", file), lambda: budget_s)) as messages:
+        with closing(self._messages(self._request("probe", file), lambda: budget_s, _fetch(file))) as messages:
             for message in messages:
                 if message.kind == "text":
                     segments += _segments(message)
                 elif message.kind == "media":
-                    facts.append(_parsed(MediaFacts, message))
+                    facts.append(_parsed(model, message))
                 else:
                     _expect(message, "progress")
         if not facts:
             raise DecoderCrashed("The decoder process ended without an answer.")
-        return Probed(facts[0], tuple(segments))
+        return facts[0], tuple(segments)
 
-    def decode(
-        self, file: LocalFile, kind: str, size: int, duration_s: float | None, wanted: frozenset[str]
-    ) -> Decoded:
+    def decode(self, file: Source, kind: str, size: int, duration_s: float | None, wanted: frozenset[str]) -> Decoded:
         """One pass for `wanted` (frames, audio) over a file probed as `kind` with `size` bytes.
 
         Raises MediaError where the file as a whole fails; a failure of one part is in the result.
         """
+        file = file.copy or file if isinstance(file, RemoteFile) else file
         collector = _Collector(self._limits)
         request = self._request("decode", file, kind, size, tuple(sorted(wanted)))
 
@@ -231,9 +251,11 @@ class Decoder:
             media_s = min(self._limits.max_duration_s, max(duration_s or 0.0, collector.media_s))
             return self._limits.decode_timeout_s + self._limits.decode_factor * media_s
 
-        with closing(self._messages(request, budget)) as messages:
+        with closing(self._messages(request, budget, _fetch(file))) as messages:
             for message in messages:
                 collector.take(message)
+        if isinstance(file, RemoteFile):
+            file.check()
         return collector.decoded(wanted)
 
     def close(self) -> None:
@@ -241,12 +263,12 @@ class Decoder:
         self.pool.close()
 
     def _request(
-        self, operation: str, file: LocalFile, kind: str = "", size: int = -1, wanted: tuple[str, ...] = ()
+        self, operation: str, file: Source, kind: str = "", size: int = -1, wanted: tuple[str, ...] = ()
     ) -> protocol.Request:
         limits, decoding = self._limits, self._decoding
         return protocol.Request(
             operation,
-            file.path_hex,
+            file.path_hex if isinstance(file, LocalFile) else "",
             file.suffix.encode(errors="replace").decode(),
             limits.max_bytes,
             limits.max_pixels,
@@ -260,15 +282,18 @@ class Decoder:
             decoding.still_max_side,
             decoding.image_max_side,
             self._threads,
+            -1 if isinstance(file, LocalFile) else file.bytes,
         )
 
-    def _messages(self, request: protocol.Request, budget: Callable[[], float]) -> Generator[Message]:
+    def _messages(
+        self, request: protocol.Request, budget: Callable[[], float], fetch: protocol.Fetch | None
+    ) -> Generator[Message]:
         """Messages but failures of the whole file, which are raised at the end; nothing after one counts.
 
         To be closed by the caller: an error kept somewhere must not keep a worker with it.
         """
         failure: MediaError | None = None
-        with closing(self.pool.run(request, budget)) as messages:
+        with closing(self.pool.run(request, budget, fetch)) as messages:
             for message in messages:
                 if message.kind == "failed" and message.fields.get("part") == "file":
                     failure = _failure(_parsed(_Failed, message))
@@ -372,6 +397,10 @@ def close_decoders() -> None:
         for made in _decoders.values():
             made.close()
         _decoders.clear()
+
+
+def _fetch(file: Source) -> protocol.Fetch | None:
+    return file.blocks().read if isinstance(file, RemoteFile) else None
 
 
 def _parsed(model: type[M], message: Message) -> M:

@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from resources import faults
-from resources.decoding.protocol import LENGTHS, MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES, Request, encode
+from resources.decoding.protocol import (
+    LENGTHS,
+    MAX_HEADER_BYTES,
+    MAX_PAYLOAD_BYTES,
+    MAX_RANGE_BYTES,
+    Fetch,
+    Request,
+    encode,
+)
 from resources.errors import DecoderCrashed, DecodeTimeout, MediaError
 
 START_TIMEOUT_S = 120.0
@@ -62,17 +70,18 @@ class DecoderPool:
         # A worker dies with the thread that started it (PR_SET_PDEATHSIG), so one lasting thread starts all.
         self._starter = ThreadPoolExecutor(1, "decoder-starter")
 
-    def run(self, request: Request, budget: Budget) -> Generator[Message]:
+    def run(self, request: Request, budget: Budget, fetch: Fetch | None = None) -> Generator[Message]:
         """The worker's messages for one request, up to its last.
 
-        Leaving the iterator early kills the worker. Raises DecoderCrashed when it dies or breaks the
-        protocol, DecodeTimeout when it is silent or over budget; a new one then takes its place.
+        `fetch` reads the object of a request without a path; its time does not count, and what it raises ends
+        the request. Leaving the iterator early kills the worker. Raises DecoderCrashed when it dies or breaks
+        the protocol, DecodeTimeout when it is silent or over budget; a new one then takes its place.
         """
         with self._slots:
             process = self._take()
             finished = False
             try:
-                for message in process.answers(request, budget, self._silence_s):
+                for message in process.answers(request, budget, self._silence_s, fetch):
                     if message.kind == "done":
                         finished = True
                         break
@@ -141,6 +150,7 @@ class _Process:
         self._requests = self._child.stdin
         self._answers = self._child.stdout
         os.set_blocking(self._answers.fileno(), False)
+        os.set_blocking(self._requests.fileno(), False)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._answers, selectors.EVENT_READ)
         self._buffer = bytearray()
@@ -167,22 +177,56 @@ class _Process:
         """Whether the process still runs."""
         return self._child.poll() is None
 
-    def answers(self, request: Request, budget: Budget, silence_s: float) -> Generator[Message]:
+    def answers(
+        self, request: Request, budget: Budget, silence_s: float, fetch: Fetch | None = None
+    ) -> Generator[Message]:
         """Messages for `request`, the last of kind `done`. Raises DecoderCrashed, DecodeTimeout."""
         self._files += 1
         started = time.monotonic()
-        try:
-            self._requests.write(encode(request.header()))
-        except OSError:
-            raise DecoderCrashed("The decoder process was gone before it got the file.") from None
+        self._write(encode(request.header()), started + silence_s)
         while True:
             silent = time.monotonic() + silence_s
             message = self._message(partial(_deadline, silent, started, budget))
+            if message.kind == "read":
+                began = time.monotonic()
+                data = self._range(message, request, fetch)
+                started += time.monotonic() - began
+                self._write(encode({}, data), time.monotonic() + silence_s, data)
+                continue
             if message.kind == "done":
                 self._rss_bytes = int(message.fields.get("rss_bytes") or 0)
             yield message
             if message.kind == "done":
                 return
+
+    def _range(self, message: Message, request: Request, fetch: Fetch | None) -> bytes:
+        """The range the worker asks for. Raises DecoderCrashed for one that no decoder would want."""
+        offset, size = message.fields.get("offset"), message.fields.get("size")
+        if (
+            fetch is None
+            or type(offset) is not int
+            or type(size) is not int
+            or not 0 <= offset < request.remote_bytes
+            or not 0 < size <= MAX_RANGE_BYTES
+        ):
+            raise DecoderCrashed("The decoder process asked for bytes that are not there.")
+        return fetch(offset, size)
+
+    def _write(self, header: bytes, deadline: float, payload: bytes = b"") -> None:
+        """Send one message; a worker that does not take it in time is given up."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._requests, selectors.EVENT_WRITE)
+            for part in (header, payload):
+                view = memoryview(part)
+                while view:
+                    if not selector.select(max(0.0, deadline - time.monotonic())):
+                        raise DecodeTimeout("The decoder process took no data in the time it is given.")
+                    try:
+                        view = view[os.write(self._requests.fileno(), view) :]
+                    except BlockingIOError:
+                        continue
+                    except OSError:
+                        raise DecoderCrashed("The decoder process was gone before it got the file.") from None
 
     def end(self) -> None:
         """Kill the process and reap it."""

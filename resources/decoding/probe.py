@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from resources.decoding import containers, documents, pictures, sniff
-from resources.decoding.protocol import Emit, Request
+from resources.decoding.protocol import MAX_RANGE_BYTES, Emit, Fetch, Request
 from resources.errors import Empty, SourceChanged, TooLarge, Truncated, Undecodable, Unreadable, Unsupported
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 HASH_CHUNK_BYTES = 4 * 2**20
+RANGE_BUFFER_BYTES = 256 * 1024
 SEGMENTS_PER_MESSAGE = 200
 FIRST_PACKETS = 200
 SIDEWAYS = (90, 270)
@@ -45,23 +47,66 @@ class Facts:
     bytes: int = 0
 
 
-def probe(request: Request, emit: Emit) -> None:
-    """Hash and classify the file; sends `text` messages for a document, then one `media` message."""
-    with readable(request) as (stream, size):
+def probe(request: Request, emit: Emit, fetch: Fetch) -> None:
+    """Hash and classify the file; sends `text` messages for a document, then one `media` message.
+
+    A remote object is not hashed here: the ranges that tell what it is are all that is read of it.
+    """
+    with readable(request, fetch) as (stream, size):
         head = stream.read(sniff.HEAD_BYTES)
-        digest = _sha256(stream, emit)
+        digest = _sha256(stream, emit) if request.remote_bytes < 0 else ""
         stream.seek(0)
         facts = _classified(stream, head, request, emit)
     emit("media", **asdict(replace(facts, sha256=digest, bytes=size)))
 
 
+class Ranges(io.RawIOBase):
+    """A remote object as a seekable file; every read is a question to the parent process."""
+
+    def __init__(self, fetch: Fetch, size: int) -> None:
+        self._fetch = fetch
+        self._size = size
+        self._at = 0
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def seekable(self) -> bool:
+        """Yes."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move to `offset` from the start, from here, or from the end."""
+        self._at = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence])
+        return self._at
+
+    def tell(self) -> int:
+        """Where the next read starts."""
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill `buffer`, or as much of it as one range may hold; 0 at the end."""
+        wanted = min(len(buffer), self._size - self._at, MAX_RANGE_BYTES)
+        if wanted <= 0:
+            return 0
+        data = self._fetch(self._at, wanted)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
 @contextmanager
-def readable(request: Request) -> Iterator[tuple[BinaryIO, int]]:
+def readable(request: Request, fetch: Fetch) -> Iterator[tuple[BinaryIO, int]]:
     """The file opened for reading and its size in bytes.
 
     Never waits on a pipe or device. Raises Unreadable, TooLarge, Empty, and SourceChanged when size or
     modification time differ afterwards, or the size from what an earlier probe saw.
     """
+    if request.remote_bytes >= 0:
+        _judge_size(request, request.remote_bytes)
+        yield io.BufferedReader(Ranges(fetch, request.remote_bytes), RANGE_BUFFER_BYTES), request.remote_bytes
+        return
     try:
         descriptor = os.open(bytes.fromhex(request.path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -71,18 +116,22 @@ def readable(request: Request) -> Iterator[tuple[BinaryIO, int]]:
         os.close(descriptor)
         raise Unsupported("It is no regular file but a folder, pipe or device.", "Name the media file itself.")
     with open(descriptor, "rb") as stream:
-        if before.st_size > request.max_bytes:
-            raise TooLarge(f"The file has {before.st_size} bytes, more than {request.max_bytes} (limits.max_bytes).")
-        if before.st_size == 0:
-            raise Empty("The file has zero bytes.")
-        if request.bytes not in (-1, before.st_size):
-            raise SourceChanged(f"The file had {request.bytes} bytes when probed and has {before.st_size} now.")
+        _judge_size(request, before.st_size)
         try:
             yield stream, before.st_size
         finally:
             after = os.fstat(descriptor)
             if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
                 raise SourceChanged("The file was written to while it was read.")
+
+
+def _judge_size(request: Request, size: int) -> None:
+    if size > request.max_bytes:
+        raise TooLarge(f"The file has {size} bytes, more than {request.max_bytes} (limits.max_bytes).")
+    if size == 0:
+        raise Empty("The file has zero bytes.")
+    if request.bytes not in (-1, size):
+        raise SourceChanged(f"The file had {request.bytes} bytes when probed and has {size} now.")
 
 
 def upright_size(width: int, height: int, sar: float, rotation: int) -> tuple[int, int]:
@@ -140,10 +189,10 @@ def _picture(stream: BinaryIO, form: str, max_pixels: int) -> Facts:
 
 
 def _document(stream: BinaryIO, request: Request, emit: Emit) -> Facts:
-    stream.seek(0)
-    data = stream.read(request.max_text_bytes + 1)
-    if len(data) > request.max_text_bytes:
+    if stream.seek(0, os.SEEK_END) > request.max_text_bytes:
         raise TooLarge(f"The document has more than {request.max_text_bytes} bytes (limits.max_text_bytes).")
+    stream.seek(0)
+    data = stream.read(request.max_text_bytes)
     text = documents.decode_text(data)
     media_type = documents.text_mime(text, request.suffix)
     batch: list[tuple[float | None, float | None, str]] = []

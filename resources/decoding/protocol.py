@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 LENGTHS = struct.Struct("<II")
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_PAYLOAD_BYTES = 256 * 2**20
+MAX_RANGE_BYTES = 4 * 2**20
 TRACK_CHUNK_FRAMES = 512
 PCM_CHUNK_SAMPLES = 60 * 16_000
 SAMPLE_RATE = 16_000
@@ -24,6 +25,9 @@ FRAME_BYTES = TRACK_HEIGHT * TRACK_WIDTH * 3
 Emit = Callable[..., None]
 """`emit(type, payload=b"", /, **fields)`: send one message to the parent."""
 
+Fetch = Callable[[int, int], bytes]
+"""`fetch(offset, size)`: bytes of a remote object, at most to its end."""
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -31,7 +35,8 @@ class Request:
 
     `operation` is probe or decode; `path` the file-system path as bytes in hex; `kind` what an earlier
     probe found and `bytes` the size it saw; `wanted` holds frames, audio or both. Sizes are pixels,
-    times seconds.
+    times seconds. An object of `remote_bytes` bytes has no path: the worker asks its parent for each range
+    with a `read` message, and gets a message with that payload. So it needs neither network nor credentials.
     """
 
     operation: str
@@ -49,6 +54,7 @@ class Request:
     still_max_side: int = 1280
     image_max_side: int = 2560
     threads: int = 1
+    remote_bytes: int = -1
 
     def header(self) -> dict[str, Any]:
         """The request as JSON-ready fields."""
@@ -59,6 +65,16 @@ def encode(header: dict[str, Any], payload: bytes | memoryview = b"") -> bytes:
     """Lengths and header of one message; the payload follows by itself."""
     text = json.dumps(header, allow_nan=False).encode()
     return LENGTHS.pack(len(text), len(payload)) + text
+
+
+def read_range(stream: BinaryIO) -> bytes:
+    """The parent's answer to a `read` message. Raises EOFError when the parent closed the pipe."""
+    lengths = stream.read(LENGTHS.size)
+    if len(lengths) < LENGTHS.size:
+        raise EOFError
+    header, size = LENGTHS.unpack(lengths)
+    stream.read(header)
+    return stream.read(size)
 
 
 def read_request(stream: BinaryIO) -> Request | None:

@@ -1,17 +1,19 @@
-"""Where the bytes of a media item are: a local path, or a URL that is copied to a temporary file first."""
+"""Where the bytes of a media item are: a local file, or an object that is read by ranges and copied or streamed."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
+import threading
 import weakref
+from collections.abc import Iterator
 from pathlib import PurePosixPath
-from typing import Any
 
-from resources.errors import MediaError, SourceChanged, TooLarge, Unreadable
+from resources.errors import SourceChanged, TooLarge
+from resources.object_store import Blocks, RemoteObject, is_s3, open_object
 from resources.registry import local_path
-
-COPY_BYTES = 8 * 2**20
+from resources.settings import S3
 
 
 class LocalFile:
@@ -29,50 +31,104 @@ class LocalFile:
         return os.fsencode(self.path).hex()
 
 
-def localize(uri: str, max_bytes: int) -> LocalFile:
-    """The file behind a path, a file:// URI (percent-encoded, see `resources.registry.uri_of`) or an fsspec URL.
+class RemoteFile:
+    """An object too large to be fetched before it is judged.
 
-    Raises Unreadable (missing, no permission, no such store), TooLarge beyond `max_bytes`, SourceChanged.
+    The probe reads ranges of it (`blocks`); then `sha256` reads it whole, once, into a temporary copy where it is
+    wanted for decoding and no larger than `s3.copy_bytes`, else past the hash alone. Decoding reads the copy where
+    there is one, else the object itself.
+    """
+
+    def __init__(self, remote: RemoteObject, suffix: str, s3: S3, keep: bool) -> None:
+        self.bytes = remote.facts.bytes
+        self.suffix = suffix
+        self.copy: LocalFile | None = None
+        self._remote = remote
+        self._s3 = s3
+        self._keep = keep and self.bytes <= s3.copy_bytes
+        self._digest = ""
+        self._lock = threading.Lock()
+
+    def blocks(self) -> Blocks:
+        """The object for small reads anywhere. Its methods raise Unreadable, SourceChanged."""
+        return Blocks(self._remote, self._s3.block_bytes)
+
+    def sha256(self) -> str:
+        """SHA-256 of the bytes in hex. Raises Unreadable, SourceChanged, OSError (no room for the copy)."""
+        with self._lock:
+            if not self._digest:
+                if self._keep:
+                    self.copy, self._digest = _copied(self._remote, self.suffix, self._s3)
+                else:
+                    self._digest = _digest(_parts(self._remote, self._s3))
+                self.check()
+            return self._digest
+
+    def check(self) -> None:
+        """Raise SourceChanged when what was read so far may be of several versions."""
+        self._remote.check()
+
+
+Source = LocalFile | RemoteFile
+
+
+def localize(
+    uri: str, max_bytes: int, s3: S3 | None = None, etag: str | None = None, keep: bool = True
+) -> LocalFile | RemoteFile:
+    """The file behind a path, a file:// URI (percent-encoded, see `resources.registry.uri_of`) or a URL.
+
+    Args:
+        uri: path, file:// URI, s3:// URL or any other URL that fsspec knows.
+        max_bytes: largest object accepted.
+        s3: how S3 is reached, and from which size objects are probed by ranges.
+        etag: the version of an object on S3 that is meant.
+        keep: whether the file will be decoded after the probe, so that a copy pays.
+
+    An object of no more than one block is copied at once. Raises Unreadable (missing, no permission, no such
+    store), TooLarge beyond `max_bytes`, SourceChanged.
     """
     path = local_path(uri)
     if path is not None:
         return LocalFile(path, os.path.splitext(path)[1])
-    return _download(uri, max_bytes)
+    s3 = s3 or S3()
+    remote = open_object(uri, s3)
+    size = remote.facts.bytes
+    if size > max_bytes:
+        raise TooLarge(f"The object has {size} bytes, more than {max_bytes} (limits.max_bytes).")
+    if etag and is_s3(uri) and remote.facts.etag != etag:
+        raise SourceChanged("The object was replaced since it was registered.")
+    suffix = PurePosixPath(uri).suffix
+    if size > s3.block_bytes:
+        return RemoteFile(remote, suffix, s3, keep)
+    copy, _ = _copied(remote, suffix, s3)
+    remote.check()
+    return copy
 
 
-def _download(uri: str, max_bytes: int) -> LocalFile:
-    import fsspec
-
-    try:
-        filesystem, path = fsspec.core.url_to_fs(uri)
-        before = filesystem.info(path)
-        if (size := before.get("size")) is not None and size > max_bytes:
-            raise TooLarge(f"The object has {size} bytes, more than {max_bytes} (limits.max_bytes).")
-        suffix = PurePosixPath(path).suffix
-        descriptor, local = tempfile.mkstemp(prefix="media-", suffix=".download")
-        copy = LocalFile(local, suffix, temporary=True)
-        with filesystem.open(path, "rb") as source, os.fdopen(descriptor, "wb") as target:
-            _copy(source, target, max_bytes)
-        if _identity(filesystem.info(path)) != _identity(before):
-            raise SourceChanged("The object was replaced while it was downloaded.")
-        return copy
-    except MediaError:
-        raise
-    except Exception as error:  # noqa: BLE001 - every store has its own exceptions; all mean the same here
-        raise Unreadable(f"The object cannot be read from its store ({type(error).__name__}).") from None
+def _copied(remote: RemoteObject, suffix: str, s3: S3) -> tuple[LocalFile, str]:
+    """A temporary copy and its SHA-256."""
+    descriptor, path = tempfile.mkstemp(prefix="media-", suffix=".download")
+    copy = LocalFile(path, suffix, temporary=True)
+    digest = hashlib.sha256()
+    with os.fdopen(descriptor, "wb") as target:
+        for part in _parts(remote, s3):
+            digest.update(part)
+            target.write(part)
+    return copy, digest.hexdigest()
 
 
-def _copy(source: Any, target: Any, max_bytes: int) -> None:
-    copied = 0
-    while block := source.read(COPY_BYTES):
-        copied += len(block)
-        if copied > max_bytes:
-            raise TooLarge(f"The object has more than {max_bytes} bytes (limits.max_bytes).")
-        target.write(block)
+def _digest(parts: Iterator[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
-def _identity(info: dict[str, Any]) -> tuple[object, ...]:
-    return tuple(info.get(key) for key in ("size", "ETag", "etag", "LastModified", "mtime", "modified"))
+def _parts(remote: RemoteObject, s3: S3) -> Iterator[bytes]:
+    """The whole object in order, a request per part, so that one that breaks off is repeated alone."""
+    size = remote.facts.bytes
+    for start in range(0, size, s3.part_bytes):
+        yield remote.read(start, min(s3.part_bytes, size - start))
 
 
 def _remove(path: str) -> None:

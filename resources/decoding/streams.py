@@ -21,6 +21,7 @@ from resources.decoding.protocol import (
     TRACK_HEIGHT,
     TRACK_WIDTH,
     Emit,
+    Fetch,
     Request,
 )
 from resources.decoding.sniff import HEAD_BYTES, picture_format
@@ -44,9 +45,9 @@ GAP_S = 0.1
 SILENCE_BLOCK = SAMPLE_RATE
 
 
-def decode(request: Request, emit: Emit) -> None:
+def decode(request: Request, emit: Emit, fetch: Fetch) -> None:
     """Decode what the request wants; sends stills, track, samples, `failed` per part, and facts."""
-    with readable(request) as (stream, _):
+    with readable(request, fetch) as (stream, _):
         head = stream.read(HEAD_BYTES)
         if request.kind == "image":
             _decode_image(stream, head, request, emit)

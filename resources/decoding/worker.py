@@ -10,7 +10,7 @@ import os
 import sys
 from typing import Any, BinaryIO
 
-from resources.decoding.protocol import Request, encode, read_request
+from resources.decoding.protocol import Fetch, Request, encode, read_range, read_request
 from resources.errors import Internal, MediaError, OutOfMemory
 from resources.faults import fault
 
@@ -31,11 +31,19 @@ def main(memory_bytes: int, parent: int) -> None:
     av.logging.set_level(None)
     numpy.seterr(all="ignore")
     _send(answers, "ready")
+
+    def fetch(offset: int, size: int) -> bytes:
+        _send(answers, "read", offset=offset, size=size)
+        try:
+            return read_range(requests)
+        except BaseException:  # noqa: BLE001 - half an answer read would be taken for the next request
+            os._exit(1)
+
     while (request := read_request(requests)) is not None:
-        _serve(request, answers)
+        _serve(request, answers, fetch)
 
 
-def _serve(request: Request, answers: BinaryIO) -> None:
+def _serve(request: Request, answers: BinaryIO, fetch: Fetch) -> None:
     """Answer one request; whatever it raises becomes one `failed` message."""
     from resources.decoding import probe, streams
 
@@ -44,7 +52,7 @@ def _serve(request: Request, answers: BinaryIO) -> None:
 
     try:
         fault("decoding.file")
-        {"probe": probe.probe, "decode": streams.decode}[request.operation](request, emit)
+        {"probe": probe.probe, "decode": streams.decode}[request.operation](request, emit, fetch)
     except MediaError as error:
         emit("failed", part="file", code=error.code, message=error.message, remedy=error.remedy_text)
     except MemoryError:
