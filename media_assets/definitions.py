@@ -16,6 +16,7 @@ from jobs.rebuild import build_rebuild_schedule, rebuild_job  # noqa: E402
 from media_assets.global_assets import build_global_assets  # noqa: E402
 from media_assets.groups import GROUPS, build_group  # noqa: E402
 from resources.library import Library  # noqa: E402
+from sensors.s3_events import build_s3_event_sensor  # noqa: E402
 
 uploads = dg.AssetSpec(
     "uploads",
@@ -37,6 +38,7 @@ def build(library: Library) -> dg.Definitions:
         ],
         asset_checks=eval_checks,
         jobs=[*processing_jobs, rebuild_job],
+        sensors=[build_s3_event_sensor(settings)],
         schedules=[build_rebuild_schedule(settings.index.buckets)],
         resources={"media": dg.ResourceDefinition(lambda _: library)},
         executor=dg.in_process_executor,

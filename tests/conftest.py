@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +16,19 @@ from resources.database import Database, psycopg2_url
 from resources.library import Library
 from resources.models.registry import ModelRegistry
 from resources.settings import Settings
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give the session temporary folders of its own.
+
+    Another session of pytest would close the folder that all share, and with it lock out the embedded
+    Postgres server, which runs as a user of its own where the tests run as root.
+    """
+    if config.option.basetemp is None:
+        folder = tempfile.mkdtemp(prefix="media-assets-tests-")
+        config.option.basetemp = folder
+        # At the very end: servers that stop at exit still need their files.
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
