@@ -38,6 +38,14 @@ class Message:
     receipt: str
 
 
+@dataclass(frozen=True, slots=True)
+class Received:
+    """Messages taken together, and whether the queue had no more."""
+
+    messages: list[Message]
+    is_last: bool
+
+
 class Queue:
     """One queue at `url` over a boto3 SQS client, whose calls are safe in several threads.
 
@@ -56,7 +64,7 @@ class Queue:
         """About how many messages wait to be received."""
         return int(self._attribute("ApproximateNumberOfMessages"))
 
-    def receive(self, limit: int, deadline: float) -> list[Message]:
+    def receive(self, limit: int, deadline: float) -> Received:
         """Up to `limit` messages, until the queue is empty or `deadline` (of `time.monotonic`).
 
         An empty queue costs two calls: a short poll, which may miss messages, and one long poll of a second.
@@ -65,7 +73,7 @@ class Queue:
         self._pull(intake, alone=True)
         if intake.is_open():
             self._each([intake] * RECEIVERS, self._pull)
-        return intake.messages
+        return Received(intake.messages, intake.found_nothing)
 
     def delete(self, messages: Sequence[Message]) -> list[Message]:
         """Delete these deliveries; returns those that SQS refused three times and will deliver again."""
@@ -116,6 +124,7 @@ class Queue:
                     finally:
                         intake.last_look.release()
                     if not found:
+                        intake.found_nothing = True
                         intake.close()
             except BaseException:
                 intake.close()
@@ -167,6 +176,7 @@ class _Intake:
 
     def __init__(self, limit: int, deadline: float) -> None:
         self.messages: list[Message] = []
+        self.found_nothing = False
         self.last_look = threading.Lock()
         self._lock = threading.Lock()
         self._free = limit

@@ -87,11 +87,12 @@ def drain(library: Library, client: Any, instance: dg.DagsterInstance) -> Draine
     tick = _Tick(library, instance, queue, dead_letters, done)
     while time.monotonic() < deadline and done.messages < ingestion.max_messages_per_tick:
         with done.timed("receive"):
-            messages = queue.receive(min(_CHUNK, ingestion.max_messages_per_tick - done.messages), deadline)
-        if not messages:
+            received = queue.receive(min(_CHUNK, ingestion.max_messages_per_tick - done.messages), deadline)
+        if received.messages:
+            with _database_errors():
+                tick.handle(received.messages)
+        if received.is_last:
             break
-        with _database_errors():
-            tick.handle(messages)
     done.backlog = queue.backlog()
     done.wall_s = time.monotonic() - start
     if tick.dead_letter_error:
