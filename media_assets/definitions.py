@@ -19,6 +19,7 @@ from resources.library import Library  # noqa: E402
 from sensors.alerts import build_alert_sensor  # noqa: E402
 from sensors.folder import build_folder_sensor  # noqa: E402
 from sensors.planner import build_planner_sensor  # noqa: E402
+from sensors.s3_events import build_s3_event_sensor  # noqa: E402
 from sensors.s3_inventory import build_s3_inventory_sensor  # noqa: E402
 
 uploads = dg.AssetSpec(
@@ -45,6 +46,7 @@ def build(library: Library) -> dg.Definitions:
         sensors=[
             build_alert_sensor(settings),
             build_folder_sensor(settings),
+            build_s3_event_sensor(settings),
             build_s3_inventory_sensor(settings),
             build_planner_sensor(settings, [*processing_jobs, rebuild_job]),
         ],

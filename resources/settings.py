@@ -196,4 +196,7 @@ class Settings(BaseSettings):
     def _consistent(self) -> Self:
         if self.engine.window < self.engine.prepare_threads:
             raise ValueError("engine.window must be at least engine.prepare_threads, or threads would idle")
+        queue = self.ingestion.queue_url
+        if queue is not None and queue == self.ingestion.dead_letter_url:
+            raise ValueError("ingestion.dead_letter_url must name another queue than ingestion.queue_url")
         return self
