@@ -385,9 +385,8 @@ class _Batch:
         wants = self.previews[task.stage.name] < self.settings.previews_per_run
         self.previews[task.stage.name] += wants
         task.inputs = Inputs(task.flight.item, self.store, task.version, self.selected, wants, task.flight.memo)
-        twin = self.outcomes.twins(task.stage.name, [task.version]).get(task.version) if task.stage.inputs else None
-        if twin is not None:
-            self._copy(task, twin)
+        if claim.twin is not None and task.stage.inputs:
+            self._copy(task, claim.twin)
         else:
             self.ready.append(task)
 

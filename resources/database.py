@@ -68,10 +68,16 @@ class Schema:
 
 @dataclass(frozen=True, slots=True)
 class Database:
-    """An open database: its URL (psycopg2 dialect, what dagster-postgres speaks) and a pooled engine."""
+    """An open database: its URL (psycopg2 dialect, what dagster-postgres speaks) and pooled engines.
+
+    Statements on `transitions` commit one by one and do not wait for the disk. Should the database server
+    itself crash, the last moments of records are lost and these items are worked on again: safe, since outputs
+    are written before their record and do not depend on it.
+    """
 
     url: str
     engine: sa.Engine
+    transitions: sa.Engine
 
     @classmethod
     def open(cls, settings: Settings) -> Database:
@@ -96,7 +102,9 @@ class Database:
     def connect(cls, settings: Settings) -> Database:
         """Connect, starting the embedded server when no URL is set, whatever schema there is."""
         url = psycopg2_url(settings.database_url or _embedded(settings))
-        return cls(url=url, engine=sa.create_engine(url, pool_size=4, pool_pre_ping=True))
+        transitions = sa.create_engine(url, pool_size=2, isolation_level="AUTOCOMMIT", pool_reset_on_return=None)
+        sa.event.listen(transitions, "connect", _commit_without_waiting)
+        return cls(url, sa.create_engine(url, pool_size=4, pool_pre_ping=True), transitions)
 
     def schema(self) -> Schema:
         """Revision of the schema in the database and in the code. Raises DatabaseUnavailable, SchemaNewer."""
@@ -141,6 +149,7 @@ class Database:
     def close(self) -> None:
         """Close pooled connections."""
         self.engine.dispose()
+        self.transitions.dispose()
 
 
 def psycopg2_url(url: str) -> str:
@@ -181,6 +190,12 @@ def _scripts() -> ScriptDirectory:
     from alembic.script import ScriptDirectory
 
     return ScriptDirectory.from_config(_config())
+
+
+def _commit_without_waiting(connection: Any, _record: object) -> None:
+    connection.autocommit = True
+    with connection.cursor() as cursor:
+        cursor.execute("set synchronous_commit to off")
 
 
 def _revision(connection: sa.Connection) -> str | None:

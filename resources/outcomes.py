@@ -91,13 +91,14 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """The right to finish one asset of one item."""
+    """The right to finish one asset of one item. `twin` is an item that has the very same already."""
 
     media_id: str
     asset: str
     version: str
     number: int
     attempts: int
+    twin: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +115,28 @@ class Cost:
 
 
 _FIELDS = [outcomes.c[name] for name in Outcome.__slots__]
+_HISTORY = ("media_id", "asset", "version", "claim", "status", "error_class", "error", "run_id")
+# The first claim of an outcome, by far the most frequent, in one round trip; any other finds a row in its way.
+_CLAIM_FIRST = sa.text(
+    """
+    with held as materialized (
+        select media_id from uploads where media_id = :media_id and state = 'live' for no key update
+    ), made as (
+        insert into outcomes (media_id, asset, version, status, attempts, claim, run_id)
+        select :media_id, :asset, :version, 'running', 1, 1, :run_id
+        where exists (select from held) or not exists (select from uploads where media_id = :media_id)
+        on conflict do nothing
+        returning media_id, asset, version, claim, status, run_id
+    ), noted as (
+        insert into outcome_history (media_id, asset, version, claim, status, run_id) select * from made
+    ), unsettled as (
+        update uploads set plan = null
+        where media_id = :media_id and plan is not null and exists (select from made)
+    )
+    select exists (select from made),
+        (select min(media_id) from outcomes where asset = :asset and version = :version and status = 'ok')
+    """
+)
 
 
 class OutcomeStore:
@@ -121,6 +144,7 @@ class OutcomeStore:
 
     def __init__(self, database: Database, settings: Engine) -> None:
         self._engine = database.engine
+        self._transitions = database.transitions
         self._settings = settings
 
     def load(self, media_ids: Sequence[str], assets: Sequence[str] | None = None) -> dict[tuple[str, str], Outcome]:
@@ -135,24 +159,9 @@ class OutcomeStore:
                     found[row["media_id"], row["asset"]] = _outcome(row)
         return found
 
-    def twins(self, asset: str, versions: Sequence[str]) -> dict[str, str]:
-        """For each version of `asset` that some item has finished, one such item."""
-        found: dict[str, str] = {}
-        with self._engine.connect() as connection:
-            for chunk in _chunks(versions):
-                query = sa.select(outcomes.c.version, sa.func.min(outcomes.c.media_id)).where(
-                    outcomes.c.asset == asset, outcomes.c.version.in_(chunk), outcomes.c.status == Status.OK
-                )
-                found.update({row[0]: row[1] for row in connection.execute(query.group_by(outcomes.c.version))})
-        return found
-
     @contextmanager
     def _transition(self) -> Iterator[sa.Connection]:
-        """A transaction that does not wait for the disk.
-
-        Should the database server itself crash, the last moments of records are lost and these items are
-        worked on again: safe, since outputs are written before their record and do not depend on it.
-        """
+        """A transaction that does not wait for the disk, see `Database.transitions`."""
         with self._engine.begin() as connection:
             connection.execute(sa.text("set local synchronous_commit to off"))
             yield connection
@@ -164,6 +173,11 @@ class OutcomeStore:
         version, in flight in another live run, or out of attempts after its workers were lost.
         Raises LostClaim, Withdrawn. An item that was never registered has no upload that could forbid it.
         """
+        first = {"media_id": media_id, "asset": asset, "version": version, "run_id": run_id}
+        with self._transitions.connect() as connection:
+            made, twin = connection.execute(_CLAIM_FIRST, first).one()
+        if made:
+            return Claim(media_id, asset, version, 1, 1, twin)
         with self._transition() as connection:
             planned = _hold(connection, media_id)
             row = (
@@ -214,7 +228,7 @@ class OutcomeStore:
             if planned:
                 _unsettle(connection, media_id)
             _record(connection, values)
-            return Claim(media_id, asset, version, number, attempts)
+            return Claim(media_id, asset, version, number, attempts, twin)
 
     def _lost(self, connection: sa.Connection, current: Outcome) -> Outcome:
         error = f"The worker died {current.attempts} times with this item in flight. {WorkerLost.remedy}"
@@ -288,7 +302,7 @@ class OutcomeStore:
             return _outcome(row)
 
     def _finish(self, claim: Claim, values: dict[str, Any]) -> Outcome:
-        with self._transition() as connection:
+        with self._transitions.connect() as connection:
             return _write(connection, claim.media_id, claim.asset, claim.number, claim.version, values)
 
     def reset(
@@ -476,7 +490,7 @@ def _signed(value: int) -> int:
 def _write(
     connection: sa.Connection, media_id: str, asset: str, claim: int, version: str, values: Mapping[str, Any]
 ) -> Outcome:
-    statement = (
+    written = (
         sa.update(outcomes)
         .where(
             outcomes.c.media_id == media_id,
@@ -488,14 +502,17 @@ def _write(
         )
         .values(**values, updated_at=sa.func.now())
         .returning(*_FIELDS)
+        .cte("written")
     )
-    row = connection.execute(statement).mappings().first()
+    kept = sa.select(*(written.c[name] for name in _HISTORY))
+    noted = sa.insert(outcome_history).from_select(_HISTORY, kept).cte("noted")
+    # One statement, so that the record and its history are one transaction and one round trip.
+    row = connection.execute(sa.select(*(written.c[f.name] for f in _FIELDS)).add_cte(noted)).mappings().first()
     if row is None:
         state = connection.execute(sa.select(uploads.c.state).where(uploads.c.media_id == media_id)).scalar()
         if state == PURGED:
             raise Withdrawn(f"{media_id} was purged")
         raise LostClaim(f"{asset} of {media_id} was claimed by another run")
-    _record(connection, row)
     return _outcome(row)
 
 
@@ -523,8 +540,7 @@ def _record(connection: sa.Connection, row: sa.RowMapping | Mapping[str, Any]) -
 
 
 def _record_all(connection: sa.Connection, rows: Sequence[sa.RowMapping | Mapping[str, Any]]) -> None:
-    kept = ("media_id", "asset", "version", "claim", "status", "error_class", "error", "run_id")
-    connection.execute(sa.insert(outcome_history), [{name: row.get(name) for name in kept} for row in rows])
+    connection.execute(sa.insert(outcome_history), [{name: row.get(name) for name in _HISTORY} for row in rows])
 
 
 def _cost(cost: Cost) -> dict[str, Any]:

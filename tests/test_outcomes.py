@@ -171,11 +171,17 @@ def test_every_transition_is_in_the_history(store: OutcomeStore, database: Datab
     ]
 
 
-def test_twins_are_found_by_version(store: OutcomeStore) -> None:
-    """Given an item finished at a version, then it is the twin of whatever has that version; a failed one is not."""
+def test_a_claim_names_its_twin(store: OutcomeStore) -> None:
+    """Given an item finished at a version, then a claim at that version names it; a failed one is nobody's twin."""
     store.succeed(claim(store), Status.OK, "", Cost())
+    twins: dict[str, str | None] = {}
     with store.lease("run") as lease:
-        other = store.claim("b", "frames", "v2", "run", lease.liveness)
-        assert isinstance(other, Claim)
-        store.fail(other, PERMANENT, Cost())
-    assert store.twins("frames", ["v1", "v2", "v3"]) == {"v1": "a"}
+        for media_id, version in (("b", "v2"), ("c", "v2"), ("d", "v1")):
+            other = store.claim(media_id, "frames", version, "run", lease.liveness)
+            assert isinstance(other, Claim)
+            twins[media_id] = other.twin
+            store.fail(other, PASSING, Cost())
+        again = store.claim("d", "frames", "v1", "run", lease.liveness)
+    assert twins == {"b": None, "c": None, "d": "a"}
+    assert isinstance(again, Claim)
+    assert (again.twin, again.attempts) == ("a", 2)

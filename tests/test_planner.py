@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 import dagster as dg
 import pytest
 import sqlalchemy as sa
+from dagster._core.events import StepMaterializationData
 
 from jobs.planner import CAREFUL, LONG, MIXED, Costs, Planner, Tick
 from media_assets.groups import media_items
@@ -285,3 +286,42 @@ def test_costs_follow_past_work(uri: str, size: int, expected: float) -> None:
     seconds, guessed = Costs(past).seconds(["frames"], uri, size)
     assert seconds == pytest.approx(expected)
     assert guessed is (uri == "d.xyz")
+
+
+def test_what_a_dead_run_finished_is_mirrored(library: Library) -> None:
+    """Given a run that died with two items finished and one of them reported, then closing it reports the other."""
+    planner = configure(library)
+    keys = register(library, "a.jpg", "b.jpg")
+    (batch,) = planner.tick().batches
+
+    @dg.job
+    def nothing() -> None:
+        """A job to have a run of."""
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        tags = {"media/batch": str(batch.id)}
+        run = instance.create_run_for_job(nothing, status=dg.DagsterRunStatus.FAILURE, tags=tags)
+        stage = planner.stages["decode"][0]
+        with library.outcomes.lease(run.run_id) as lease:
+            for item in media_items(library, keys):
+                version = item_version(stage, item, [])
+                claim = library.outcomes.claim(item.media_id, stage.name, version, run.run_id, lease.liveness)
+                assert isinstance(claim, Claim)
+                library.outcomes.succeed(claim, Status.OK, "content", Cost())
+        told = dg.AssetMaterialization("media", partition=keys[0])
+        entry = dg.EventLogEntry(  # type: ignore[no-untyped-call]
+            None,
+            10,
+            "",
+            run.run_id,
+            0.0,
+            None,
+            "nothing",
+            dg.DagsterEvent("ASSET_MATERIALIZATION", "nothing", event_specific_data=StepMaterializationData(told)),
+        )
+        instance.event_log_storage.store_event(entry)
+        follow(library, instance)
+        found = instance.get_materialized_partitions(dg.AssetKey("media"))
+        assert found == set(keys)
+        latest = instance.fetch_materializations(dg.AssetKey("media"), limit=10).records
+        assert [record.partition_key for record in latest] == [keys[1], keys[0]]
