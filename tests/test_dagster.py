@@ -66,10 +66,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Dev:
-    """A running `media-assets dev`, and the media registered in its home, by file name."""
+    """A running `media-assets dev`, the folder it watches, and the media registered in its home, by file name."""
 
     process: subprocess.Popen[str]
     home: Path
+    watched: Path
     port: int
     ids: dict[str, str]
 
@@ -113,20 +114,20 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def dev(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dev]:
     """`media-assets dev` with its embedded Postgres, on a home where the media are registered."""
-    home, port = tmp_path_factory.mktemp("dev"), free_port()
+    home, watched, port = tmp_path_factory.mktemp("dev"), tmp_path_factory.mktemp("watched"), free_port()
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("MEDIA_", "DAGSTER_"))}
     paths = sorted(str(path) for path in folder.iterdir())
     register = [sys.executable, "-c", REGISTER, str(home), *paths]
     ids = json.loads(subprocess.run(register, env=environment, check=True, capture_output=True, text=True).stdout)
     process = subprocess.Popen(
-        [sys.executable, "-m", "cli.main", "dev", "--home", str(home), "--port", str(port)],
-        # Here the backfill is launched by hand; the planner would be there first.
-        env=environment | {"MEDIA_PLANNER__ENABLED": "false"},
+        [sys.executable, "-m", "cli.main", "dev", str(watched), "--home", str(home), "--port", str(port)],
+        # Backfills are launched by hand here; the planner would be there first.
+        env=environment | {"MEDIA_PLANNER__ENABLED": "false", "MEDIA_PLANNER__INTERVAL_S": "2"},
         text=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
-    running = Dev(process, home, port, dict(zip((Path(path).name for path in paths), ids, strict=True)))
+    running = Dev(process, home, watched, port, dict(zip((Path(path).name for path in paths), ids, strict=True)))
 
     def answers() -> bool | None:
         assert process.poll() is None, process.stderr and process.stderr.read()[-2000:]
@@ -260,6 +261,142 @@ def test_a_second_dev_is_refused(dev: Dev) -> None:
         refused = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert refused.returncode == 2
         assert reason in refused.stderr
+
+
+def test_a_file_dropped_into_a_watched_folder_becomes_a_partition(dev: Dev, folder: Path) -> None:
+    """Given `dev FOLDER`, when a file lands there, then its sensor registers it and adds its partition."""
+    (dev.watched / "f photo.jpg").write_bytes((folder / "c_photo.jpg").read_bytes())
+
+    def found() -> str | None:
+        keys = dev.asset("media", "{partitionKeysByDimension {partitionKeys}}")["partitionKeysByDimension"]
+        return next((key for key in keys[0]["partitionKeys"] if key.startswith("f-photo-jpg-")), None)
+
+    media_id = until(found, "the dropped file is a partition")
+    ask = [sys.executable, "-m", "cli.main", "status", media_id, "--home", str(dev.home), "--json"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MEDIA_")}
+    told = subprocess.run(ask, env=environment, check=True, capture_output=True, text=True).stdout
+    assert json.loads(told)["item"]["uri"] == str(dev.watched / "f photo.jpg")
+
+
+def claimed_slots(dev: Dev, pool: str) -> list[str]:
+    """IDs of the runs in progress that hold a slot of a pool, and of those with a step in it."""
+    found = dev.graphql(
+        """query($pool: String!) {instance {concurrencyLimit(concurrencyKey: $pool) {claimedSlots {runId}}}
+        runsOrError(filter: {statuses: [STARTING, STARTED, CANCELING]}) {... on Runs {results {runId allPools}}}}""",
+        pool=pool,
+    )
+    claimed = [slot["runId"] for slot in found["instance"]["concurrencyLimit"]["claimedSlots"]]
+    return claimed + [run["runId"] for run in found["runsOrError"]["results"] if pool in (run["allPools"] or ())]
+
+
+def run_state(dev: Dev, run_id: str) -> dict[str, Any]:
+    """Status, tags and engine events of a run."""
+    query = """query($id: ID!) {runOrError(runId: $id) {... on Run {runId status tags {key value}
+        eventConnection {events {... on MessageEvent {message} ... on EngineEvent {
+            metadataEntries {label ... on TextMetadataEntry {text}}}}}}}}"""
+    found: dict[str, Any] = dev.graphql(query, id=run_id)["runOrError"]
+    return found
+
+
+def worker_of(dev: Dev, run_id: str) -> int | None:
+    """Number of the process that works on a run, once it has said so."""
+    for event in run_state(dev, run_id)["eventConnection"]["events"]:
+        for entry in event.get("metadataEntries", ()):
+            if entry["label"] == "pid":
+                return int(entry["text"])
+    return None
+
+
+def failed(dev: Dev, run_id: str) -> dict[str, Any] | None:
+    """The run once it is over; it must have failed."""
+    state = run_state(dev, run_id)
+    if state["status"] in ("QUEUED", "NOT_STARTED", "STARTING", "STARTED"):
+        return None
+    assert state["status"] == "FAILURE"
+    return state
+
+
+def test_a_killed_worker_fails_its_run_and_frees_its_slot(dev: Dev, backfill: dict[str, Any]) -> None:
+    """Given a launched run, when its process gets kill -9, then it is FAILURE and its retry gets the slot and ends."""
+    keys = [dev.ids["a_photo.jpg"], dev.ids["d_tone.wav"]]
+    launched = dev.graphql(
+        """mutation($params: ExecutionParams!) {launchRun(executionParams: $params) {__typename
+        ... on LaunchRunSuccess {run {runId}} ... on PythonError {message}}}""",
+        params={
+            "selector": {
+                "repositoryName": "__repository__",
+                "repositoryLocationName": "media-assets",
+                "jobName": "process_decode",
+            },
+            "runConfigData": {"ops": {"decode": {"config": {"keys": keys}}}},
+            "executionMetadata": {"tags": [{"key": k, "value": v} for k, v in range_tags(keys[0], keys[0]).items()]},
+        },
+    )["launchRun"]
+    assert launched["__typename"] == "LaunchRunSuccess", launched
+    run_id = launched["run"]["runId"]
+    os.kill(until(lambda: worker_of(dev, run_id), "the run has a process"), signal.SIGKILL)
+    state = until(lambda: failed(dev, run_id), "the killed run fails")
+    assert any("was terminated by signal 9" in event.get("message", "") for event in state["eventConnection"]["events"])
+
+    def retried() -> str | None:
+        runs = dev.graphql(
+            """query($filter: RunsFilter!) {runsOrError(filter: $filter) {... on Runs {results {runId status}}}}""",
+            filter={"tags": [{"key": "dagster/parent_run_id", "value": run_id}]},
+        )["runsOrError"]["results"]
+        return next((run["runId"] for run in runs if run["status"] == "SUCCESS"), None)
+
+    # The pool has one slot: the retry could not begin while the dead run held it.
+    assert until(retried, "the retry succeeds") != run_id
+    assert claimed_slots(dev, "cpu") == []
+
+
+def test_a_run_of_the_command_line_that_was_killed_is_found(dev: Dev, folder: Path, tmp_path: Path) -> None:
+    """Given `media-assets run` beside `dev`, when it dies with its code server, then monitoring fails its run."""
+    photo = tmp_path / "e_photo.jpg"
+    Image.open(folder / "a_photo.jpg").rotate(90).save(photo)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MEDIA_", "DAGSTER_"))}
+    command = [sys.executable, "-m", "cli.main", "run", str(photo), "--home", str(dev.home), "--select", "media"]
+    killed = subprocess.run(
+        command, env={**environment, "MEDIA_FAULT": "engine.before_commit:kill"}, capture_output=True, text=True
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    query = """{runsOrError(filter: {tags: [{key: "media/host", value: "%s"}]}) {... on Runs {results {runId}}}}"""
+    ((run_id,),) = [
+        [run["runId"] for run in dev.graphql(query % socket.gethostname())["runsOrError"]["results"]],
+    ]
+    state = until(lambda: failed(dev, run_id), "run monitoring finds the dead run")
+    assert any("is gone" in event.get("message", "") for event in state["eventConnection"]["events"])
+    assert claimed_slots(dev, "cpu") == []
+
+
+def test_an_upload_is_processed_without_anyone_touching_anything(dev: Dev, folder: Path) -> None:
+    """Given the planner, when a file lands in the watched folder, then a batch of the planner materializes it."""
+    selector = {
+        "repositoryName": "__repository__",
+        "repositoryLocationName": "media-assets",
+        "sensorName": "planner_sensor",
+    }
+    started = dev.graphql(
+        "mutation($in: SensorSelector!) {startSensor(sensorSelector: $in) {__typename}}", **{"in": selector}
+    )
+    assert started["startSensor"]["__typename"] == "Sensor"
+    photo = dev.watched / "g photo.jpg"
+    Image.open(folder / "a_photo.jpg").rotate(180).save(photo)
+
+    def made() -> dict[str, Any] | None:
+        statuses = "{assetPartitionStatuses {... on DefaultPartitionStatuses {materializedPartitions}}}"
+        keys = dev.asset("frames", statuses)["assetPartitionStatuses"]["materializedPartitions"]
+        key = next((key for key in keys if key.startswith("g-photo-jpg-")), None)
+        if key is None:
+            return None
+        fields = (
+            "{latestMaterializationByPartition(partitions: [$id]) {partition runOrError {... on Run {tags {key}}}}}"
+        )
+        (event,) = dev.asset("frames", fields, id=key)["latestMaterializationByPartition"]
+        return dict(event)
+
+    event = until(made, "the planner's batch materializes the file")
+    assert {"media/batch", "media/lane"} <= {tag["key"] for tag in event["runOrError"]["tags"]}
 
 
 def test_ctrl_c_stops_everything(dev: Dev, backfill: dict[str, Any]) -> None:
