@@ -390,7 +390,7 @@ def test_an_upload_is_processed_without_anyone_touching_anything(dev: Dev, folde
         if key is None:
             return None
         fields = (
-            "{latestMaterializationByPartition(partitions: [$id]) {partition runOrError {... on Run {tags {key}}}}}"
+            "{latestMaterializationByPartition(partitions: [$id]) {runOrError {... on Run {tags {key}}}}}"
         )
         (event,) = dev.asset("frames", fields, id=key)["latestMaterializationByPartition"]
         return dict(event)
