@@ -35,6 +35,12 @@ _REPLACED = frozenset({"412", "PreconditionFailed"})
 fsspec.register_implementation("s3", "resources.s3_filesystem.S3Store", clobber=True)
 
 
+class StoreUnavailable(StorageFailed, OSError):
+    """An object store that does not answer, or not as it should. For whoever catches OSError of files, it is one."""
+
+    remedy = "Check s3.endpoint_url, s3.region, the credentials and the network, then retry."
+
+
 def is_s3(url: str) -> bool:
     """Whether `url` names something on S3."""
     return url.startswith(SCHEME)
@@ -390,7 +396,7 @@ def put_bytes(path: UPath, data: bytes, part_bytes: int) -> None:
     """Store `data` at `path` of an object store in one step: one PUT, or parts from twice `part_bytes` on.
 
     The store checks what it gets against checksums (CRC32 per request, MD5 of a single PUT). Raises OSError,
-    StorageFailed when it keeps another number of bytes.
+    StoreUnavailable when it keeps another number of bytes.
     """
     if not is_s3(str(path)):
         path.write_bytes(data)
@@ -423,4 +429,4 @@ def _md5(data: bytes) -> str:
 def _check_length(path: UPath, size: int) -> None:
     stored = path.fs.info(path.path)["size"]
     if stored != size:
-        raise StorageFailed(f"The store keeps {stored} bytes of {path.name}, but {size} were sent.")
+        raise StoreUnavailable(f"The store keeps {stored} bytes of {path.name}, but {size} were sent.")

@@ -8,12 +8,7 @@ from botocore.exceptions import BotoCoreError
 from s3fs import S3FileSystem
 
 from resources.errors import StorageFailed, printable
-
-
-class StoreUnavailable(StorageFailed, OSError):
-    """An object store that gives no answer. For whoever catches OSError of files, it is one."""
-
-    remedy = "Check s3.endpoint_url, s3.region, the credentials and the network, then retry."
+from resources.object_store import StoreUnavailable
 
 
 class StoreDenied(StorageFailed, PermissionError):
