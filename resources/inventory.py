@@ -27,6 +27,7 @@ FIRST_IMPORT_PRIORITY = 5
 LOOKS_AT_ONCE = 8
 LOOKS_PER_ROUND = 100
 CANDIDATES = 2_000
+SETTLED = ("live", "purged")
 
 Announce = Callable[[list[str]], None]
 """Told the media IDs that are about to be registered for the first time."""
@@ -199,7 +200,8 @@ class _Run:
         # Partitions first: if this process dies in between, the next listing finds the items unregistered again.
         if unknown := [media_id for media_id in ids if media_id not in known]:
             self.inventory.announce(unknown)
-        registered = registry.register(uploads, priority=FIRST_IMPORT_PRIORITY if first else 0)
+        unsettled = [upload for upload in uploads if known.get(upload.media_id) not in SETTLED]
+        registered = registry.register(unsettled, priority=FIRST_IMPORT_PRIORITY if first else 0)
         self.report.new += len(registered.new)
         self.report.missed += 0 if first else len(registered.new)
 

@@ -321,7 +321,8 @@ def _upsert_uploads(connection: sa.Connection, found: Sequence[Upload], now: dat
     known_ids: set[str] = set(
         connection.execute(sa.select(uploads.c.media_id).where(uploads.c.media_id.in_(list(latest)))).scalars()
     )
-    statement = insert(uploads).values(rows)
+    # Rows apart from the statement: thousands of values inside it would be compiled anew each time.
+    statement = insert(uploads)
     newer = {name: statement.excluded[name] for name in ("observed_at", "sequencer", "object_version")}
     connection.execute(
         statement.on_conflict_do_update(
@@ -329,7 +330,8 @@ def _upsert_uploads(connection: sa.Connection, found: Sequence[Upload], now: dat
             set_=newer,
             where=sa.tuple_(uploads.c.observed_at, uploads.c.sequencer)
             < sa.tuple_(statement.excluded.observed_at, statement.excluded.sequencer),
-        )
+        ),
+        rows,
     )
     return [key for key in latest if key not in known_ids]
 

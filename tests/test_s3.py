@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from cli.main import app
 from media_assets.audio import Audio
 from media_assets.frames import Frames
+from media_assets.index_shard import build
 from media_assets.media import Media
 from media_assets.stage import Inputs, MediaItem
 from resources.decoding.client import decoder
@@ -35,6 +36,8 @@ from resources.storage import DerivedStore
 from sensors.s3_inventory import build_s3_inventory_sensor
 from tests import s3_server
 from tests.s3_server import Proxy
+from tests.test_index_shard import RECALL, serving
+from tests.test_index_shard import library as embed
 
 SAMPLES = Path(__file__).parents[1] / "samples" / "media"
 MIB = 2**20
@@ -151,6 +154,7 @@ def test_a_store_that_is_not_there_is_named() -> None:
     store = DerivedStore(location("s3://bucket/d", nowhere))
     with pytest.raises(OSError, match=r"127\.0\.0\.1:9") as caught:
         store.write_bytes(store.root / "file", b"data")
+    assert isinstance(caught.value, StorageFailed)
     failure = Failure.of(caught.value)
     assert (failure.error_class, failure.retryable) == ("storage_failed", True)
     with pytest.raises(Unreadable, match=r"No store answers at http://127\.0\.0\.1:9"):
@@ -480,3 +484,16 @@ def test_the_whole_library_lives_on_s3(
     assert digests[1] in result.stdout
     result = CliRunner().invoke(app, ["status", *home, "--json"])
     assert result.exit_code == 0, result.output
+
+
+def test_shards_are_swapped_on_s3(s3: S3, bucket: str, endpoint: str) -> None:
+    """Given embeddings on S3, when a bucket's shards are built and swapped twice, then the newest serves, one before
+    is kept, and a reader finds exactly the live items."""
+    store = DerivedStore(location(f"s3://{bucket}/derived", s3), s3.part_bytes)
+    live_items = embed(store, 4)
+    assert build(store, 0, live_items, RECALL).skipped == ()
+    for start in (1, 2):
+        build(store, 0, dict(list(live_items.items())[start:]), RECALL)
+    assert serving(store) == {"m-002", "m-003"}
+    listed = s3_server.client(endpoint).list_objects_v2(Bucket=bucket, Prefix="derived/index/000/")["Contents"]
+    assert len({entry["Key"].split("/")[3] for entry in listed} - {"CURRENT"}) == 2
