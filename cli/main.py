@@ -267,6 +267,31 @@ def dead_letters(
 
 
 @app.command()
+def purge(
+    media_ids: Annotated[list[str], typer.Argument(help="The items, in whatever state.", show_default=False)],
+    home: HomeOption = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    with_duplicates: Annotated[
+        bool, typer.Option("--with-duplicates", help="Other uploads of the same bytes too.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Erase every derived byte of items, prove it, and never take these versions in again.
+
+    The original files are not touched. Exits 3 when something is left; run it again then.
+    """
+    from cli.purging import purge as erase
+
+    library = _open(home)
+    try:
+        code = erase(library, media_ids, yes=yes, with_duplicates=with_duplicates, as_json=as_json, console=_console())
+    finally:
+        library.close()
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command()
 def search(
     text: Annotated[str, typer.Argument(help="What to look for, in words.", show_default=False)],
     home: HomeOption = None,

@@ -202,7 +202,7 @@ class Planner:
 
         def is_dead(run_id: str) -> bool:
             if run_id not in answers:
-                answers[run_id] = not self._library.outcomes.is_alive(run_id)
+                answers[run_id] = not self._library.outcomes.alive([run_id])
             return answers[run_id]
 
         return is_dead

@@ -403,6 +403,23 @@ def _swap(store: DerivedStore, bucket: int, name: str, serving: Mapping[str, str
     store.write_bytes(_folder(store, bucket) / CURRENT, json.dumps(pointer).encode())
 
 
+def forget_previous(store: DerivedStore, bucket: int) -> int:
+    """Delete every build of a bucket but the one that serves, and what writers left; returns how many builds.
+
+    Until the next change the bucket cannot be rolled back. Raises BucketBusy, ShardUnreadable, OSError.
+    """
+    folder = _folder(store, bucket)
+    with exclusive(store, f"index-{key(bucket)}"):
+        before = sum(path.is_dir() for path in folder.iterdir())
+        if serving := _pointer(store, bucket):
+            pointer = {"build": serving["build"], "previous": None}
+            store.write_bytes(folder / CURRENT, json.dumps(pointer).encode())
+        _collect(store, bucket)
+        for path in [*folder.glob(".*"), *folder.glob("*/.*")]:
+            path.unlink(missing_ok=True)
+        return before - sum(path.is_dir() for path in folder.iterdir())
+
+
 def _collect(store: DerivedStore, bucket: int) -> None:
     """Delete builds that neither serve nor served before."""
     folder = _folder(store, bucket)

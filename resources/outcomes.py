@@ -420,10 +420,11 @@ class OutcomeStore:
         with self._engine.connect() as connection:
             return [dict(row) for row in connection.execute(query).mappings()]
 
-    def is_alive(self, run_id: str | None) -> bool:
-        """Whether a process holds the lease of `run_id`."""
+    def alive(self, run_ids: Sequence[str]) -> list[str]:
+        """Those of these runs whose process holds its lease."""
         with self._engine.connect() as connection:
-            return Liveness(connection).is_alive(run_id)
+            liveness = Liveness(connection)
+            return [run_id for run_id in run_ids if liveness.is_alive(run_id)]
 
     def lease(self, run_id: str) -> Lease:
         """A lease that says this run is alive; hold it while items are in flight."""

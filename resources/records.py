@@ -127,3 +127,18 @@ outcome_history = sa.Table(
     sa.Column("at", _timestamp, nullable=False, server_default=sa.func.now()),
     sa.Index("outcome_history_item", "media_id", "asset", "id"),
 )
+
+# Append-only: what was erased is told by counts alone, never by content.
+purges = sa.Table(
+    "purges",
+    metadata,
+    sa.Column("id", sa.BigInteger, sa.Identity(), primary_key=True),
+    sa.Column("media_id", sa.Text, nullable=False),
+    sa.Column("step", sa.Text, nullable=False),
+    sa.Column("os_user", sa.Text, nullable=False),
+    sa.Column("host", sa.Text, nullable=False),
+    sa.Column("counts", sa.Text, nullable=False),
+    sa.Column("at", _timestamp, nullable=False, server_default=sa.func.now()),
+    sa.CheckConstraint("step in ('begun', 'erased', 'incomplete')", name="purges_step"),
+    sa.Index("purges_item", "media_id", "id"),
+)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import pyarrow as pa
@@ -97,6 +97,23 @@ class DerivedStore:
             table = table.set_column(index, table.schema.field(index), column)
             written += self.write(asset, target_id, table, side)
         return written
+
+    def erase(self, media_ids: Collection[str]) -> tuple[int, int]:
+        """Remove every table of these items, of assets the code no longer knows too, and what writers left behind.
+
+        Returns how many files, and their bytes. Lists each asset's folder once.
+        """
+        wanted, files, size = set(media_ids), 0, 0
+        for folder in self.root.iterdir() if self.root.exists() else ():
+            if not folder.is_dir():
+                continue
+            for path in list(folder.iterdir()):
+                # <media_id>[.<side>].parquet, or .<that name>.<random> of a writer that died; IDs hold no dot.
+                if path.name.removeprefix(".").split(".", 1)[0] in wanted:
+                    size += path.stat().st_size
+                    path.unlink(missing_ok=True)
+                    files += 1
+        return files, size
 
     def delete(self, asset: str, media_id: str) -> None:
         """Remove the table and every side table; nothing there is no error."""

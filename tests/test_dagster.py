@@ -389,9 +389,7 @@ def test_an_upload_is_processed_without_anyone_touching_anything(dev: Dev, folde
         key = next((key for key in keys if key.startswith("g-photo-jpg-")), None)
         if key is None:
             return None
-        fields = (
-            "{latestMaterializationByPartition(partitions: [$id]) {runOrError {... on Run {tags {key}}}}}"
-        )
+        fields = "{latestMaterializationByPartition(partitions: [$id]) {runOrError {... on Run {tags {key}}}}}"
         (event,) = dev.asset("frames", fields, id=key)["latestMaterializationByPartition"]
         return dict(event)
 
