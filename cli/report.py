@@ -152,7 +152,9 @@ def show_status(library: Library, as_json: bool) -> bool:
     rows = library.outcomes.summary()
     live = len(library.registry.live())
     if as_json:
-        print(json.dumps({"items": live, "outcomes": rows}, default=_plain))
+        notes = library.backlog.notes()
+        planner = {"at": notes[0], "decisions": notes[1]} if notes else None
+        print(json.dumps({"items": live, "outcomes": rows, "planner": planner}, default=_plain))
         return live > 0
     if not live:
         _out.print("No media registered yet. Start with: media-assets run FOLDER")
@@ -163,6 +165,10 @@ def show_status(library: Library, as_json: bool) -> bool:
         counts[row["status"]] = counts.get(row["status"], 0) + row["items"]
     _out.print(f"{live} live items")
     _outcome_table(outcomes)
+    if library.backlog.notes() is not None:
+        from cli.planning import show_notes
+
+        show_notes(library)
     failed = [row for row in rows if row["error_class"] and row["error_class"] != "upstream_failed"]
     if failed:
         table = Table(title="Failures by class", title_justify="left")
