@@ -294,6 +294,24 @@ def _behind(prefix: str) -> str:
     return prefix[:-1] + chr(last) if last <= 0x10FFFF else _behind(prefix[:-1])
 
 
+# Arrays, because a statement with thousands of values is compiled anew each time, and many statements are many trips.
+# The state holds until the versions of the URI are settled.
+_UPSERT = sa.text(
+    """
+    insert into uploads (media_id, uri, etag, object_version, bytes, modified_at, source, observed_at, sequencer,
+        state, priority)
+    select *, 'superseded', :priority from unnest(
+        cast(:media_ids as text[]), cast(:uris as text[]), cast(:etags as text[]), cast(:object_versions as text[]),
+        cast(:sizes as bigint[]), cast(:times as timestamptz[]), cast(:sources as text[]),
+        cast(:moments as timestamptz[]), cast(:sequencers as text[])
+    )
+    on conflict (media_id) do update set observed_at = excluded.observed_at, sequencer = excluded.sequencer,
+        object_version = excluded.object_version
+    where (uploads.observed_at, uploads.sequencer) < (excluded.observed_at, excluded.sequencer)
+    """
+)
+
+
 def _upsert_uploads(connection: sa.Connection, found: Sequence[Upload], now: datetime, priority: int) -> list[str]:
     latest: dict[str, Upload] = {}
     for upload in found:
@@ -302,37 +320,21 @@ def _upsert_uploads(connection: sa.Connection, found: Sequence[Upload], now: dat
             latest[upload.media_id] = upload
     if not latest:
         return []
-    rows = [
-        {
-            "media_id": key,
-            "uri": upload.uri,
-            "etag": upload.etag,
-            "object_version": upload.object_version,
-            "bytes": upload.bytes,
-            "modified_at": upload.modified_at,
-            "source": upload.source,
-            "observed_at": upload.observed_at or now,
-            "sequencer": upload.sequencer,
-            "state": "superseded",  # until the versions of its URI are settled
-            "priority": priority,
-        }
-        for key, upload in latest.items()
-    ]
     known_ids: set[str] = set(
         connection.execute(sa.select(uploads.c.media_id).where(uploads.c.media_id.in_(list(latest)))).scalars()
     )
-    # Rows apart from the statement: thousands of values inside it would be compiled anew each time.
-    statement = insert(uploads)
-    newer = {name: statement.excluded[name] for name in ("observed_at", "sequencer", "object_version")}
-    connection.execute(
-        statement.on_conflict_do_update(
-            index_elements=["media_id"],
-            set_=newer,
-            where=sa.tuple_(uploads.c.observed_at, uploads.c.sequencer)
-            < sa.tuple_(statement.excluded.observed_at, statement.excluded.sequencer),
-        ),
-        rows,
-    )
+    columns: dict[str, list[Any]] = {
+        "media_ids": list(latest),
+        "uris": [upload.uri for upload in latest.values()],
+        "etags": [upload.etag for upload in latest.values()],
+        "object_versions": [upload.object_version for upload in latest.values()],
+        "sizes": [upload.bytes for upload in latest.values()],
+        "times": [upload.modified_at for upload in latest.values()],
+        "sources": [upload.source for upload in latest.values()],
+        "moments": [upload.observed_at or now for upload in latest.values()],
+        "sequencers": [upload.sequencer for upload in latest.values()],
+    }
+    connection.execute(_UPSERT, {**columns, "priority": priority})
     return [key for key in latest if key not in known_ids]
 
 
