@@ -27,7 +27,7 @@ import dagster as dg
 
 from cli.instance import open_instance, prepare_environment
 from media_assets.groups import Group, build_group
-from media_assets.partitions import MEDIA, add_partitions, explicit_batch_tags
+from media_assets.partitions import MEDIA, add_partitions, explicit_batch_tags, range_tags
 from media_assets.quality import EXPECTATIONS, ITEMS
 from media_assets.stage import Inputs, Prepared, Product, Stage
 from resources.compute import Needs
@@ -107,7 +107,7 @@ def grow(library: Library, instance: dg.DagsterInstance, size: int) -> list[str]
     now = datetime.now(UTC)
     uploads = [Upload(f"s3://bucket/{n:07d}.jpg", "etag", 1000, now, "benchmark") for n in range(size)]
     keys = library.registry.add(uploads)
-    add_partitions(instance, MEDIA, keys)
+    add_partitions(instance, library.settings, keys)
     return keys
 
 
@@ -140,7 +140,7 @@ def ours(library: Library, instance: dg.DagsterInstance, keys: Sequence[str]) ->
             "ops": {"decode": {"config": {"keys": list(keys)}}},
             "loggers": {"console": {"config": {"log_level": "CRITICAL"}}},
         },
-        tags=explicit_batch_tags(list(keys)),
+        tags=explicit_batch_tags(list(keys), library.settings),
     )
     work["whole"] = time.perf_counter() - start
     assert result.success
@@ -163,7 +163,7 @@ def stock(instance: dg.DagsterInstance, keys: Sequence[str]) -> float:
     start = time.perf_counter()
     job.execute_in_process(
         instance=instance,
-        tags=explicit_batch_tags(list(keys)),
+        tags=range_tags(keys[0], keys[0]),
         run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
     )
     return 1000 * (time.perf_counter() - start) / len(keys)

@@ -86,7 +86,7 @@ class Work:
 
     def _process(self, items: Sequence[MediaItem]) -> None:
         from media_assets.groups import GROUPS
-        from media_assets.partitions import MEDIA, add_partitions, explicit_batch_tags
+        from media_assets.partitions import add_partitions, explicit_batch_tags
         from media_assets.planning import pending
 
         settings, models = self.library.settings, self.library.models
@@ -99,13 +99,13 @@ class Work:
             waiting = pending(items, stages[group.name], self.library.outcomes.load(ids))
             self._say(f"{group.name}: {len(waiting)} of {len(items)} items to do")
             if waiting and not registered:
-                add_partitions(self.instance, MEDIA, ids)
+                add_partitions(self.instance, settings, ids)
                 registered = True
             names = [stage.name for stage in stages[group.name]]
             size = self.library.settings.engine.batch_items
             for first in range(0, len(waiting), size):
                 batch = waiting[first : first + size]
-                self._execute(f"process_{group.name}", group.name, explicit_batch_tags(batch), batch, names)
+                self._execute(f"process_{group.name}", group.name, explicit_batch_tags(batch, settings), batch, names)
 
     def _selected(self, stages: list[Stage[Any, Any]]) -> list[Stage[Any, Any]]:
         return [stage for stage in stages if not self.select or stage.name in self.select]

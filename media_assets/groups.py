@@ -14,8 +14,8 @@ from typing import Any
 import dagster as dg
 
 from media_assets.engine import BatchEngine, How, Progress, Result
-from media_assets.mirror import Mirror
-from media_assets.partitions import Batch, batch_keys, media_partitions
+from media_assets.mirror import BucketMirror, Mirror
+from media_assets.partitions import Batch, batch_keys, partition_of, partitions_of
 from media_assets.provenance import SOURCE, Provenance
 from media_assets.quality import EXPECTATIONS, ITEMS, expectations_check, items_check
 from media_assets.stage import MediaItem, Stage
@@ -86,6 +86,16 @@ def one_at_a_time(settings: Settings) -> Settings:
     return settings.model_copy(update={"engine": engine})
 
 
+def _media_ids(library: Library, keys: Sequence[str], explicit: bool) -> Sequence[str]:
+    """Media IDs of a run's keys: themselves, or the live items of the buckets that its partitions are."""
+    if explicit or library.settings.partitions == "media":
+        return keys
+    wanted = set(keys)
+    return [
+        row["media_id"] for row in library.registry.live() if partition_of(row["media_id"], library.settings) in wanted
+    ]
+
+
 def media_items(library: Library, keys: Sequence[str]) -> list[MediaItem]:
     """The live items among `keys`, in their order."""
     rows = {row["media_id"]: row for row in library.registry.live(keys)}
@@ -102,7 +112,7 @@ def build_group(group: Group, settings: Settings, models: ModelRegistry) -> dg.A
         specs=[_spec(group, stage) for stage in stages],
         check_specs=[spec for stage in stages for spec in _check_specs(stage.name)],
         can_subset=True,
-        partitions_def=media_partitions,
+        partitions_def=partitions_of(settings),
         backfill_policy=dg.BackfillPolicy.multi_run(group.backfill_items),
         op_tags=op_tags(group.name, group.needs),
         pool=pool(group.needs),
@@ -113,7 +123,7 @@ def build_group(group: Group, settings: Settings, models: ModelRegistry) -> dg.A
         wanted = {keys[key] for key in context.selected_asset_keys}
         # While this run lives, its checks may still quote items of its batch: a purge asks for its lease.
         with library.outcomes.lease(context.run.run_id):
-            chosen = batch_keys(context, config)
+            chosen = _media_ids(library, batch_keys(context, config), bool(config.keys))
             batch = media_items(library, chosen)
             # Without any partition a check is about the library; of a batch that is gone it is about nothing.
             checked = [item.media_id for item in batch] if chosen else None
@@ -140,13 +150,17 @@ def _materialize(
     settings = one_at_a_time(library.settings) if careful else library.settings
     engine = BatchEngine(stages, library.store, library.outcomes, settings, device=device(settings))
     by_name = {stage.name: stage for stage in stages}
-    provenance = Provenance(context.instance, library.outcomes, stages, [item.media_id for item in batch])
-    mirror = Mirror(
-        context,
-        list(by_name),
-        provenance,
-        lambda result, tags: _materialization(result, by_name[result.asset], library, tags),
-    )
+    mirror: Mirror | BucketMirror
+    if settings.partitions == "media":
+        media_ids = [item.media_id for item in batch]
+        mirror = Mirror(
+            context,
+            list(by_name),
+            Provenance(context.instance, library.outcomes, stages, media_ids),
+            lambda result, tags: _materialization(result, by_name[result.asset], library, tags),
+        )
+    else:
+        mirror = BucketMirror(context, settings, {stage.name: code_version(stage) for stage in stages})
     try:
         for result in engine.run(batch, context.run.run_id, _reporter(context, library)):
             if result.done:
@@ -158,7 +172,7 @@ def _materialize(
                     f" {record.error_class}: {record.error}"
                 )
     finally:
-        mirror.flush()
+        mirror.close()
 
 
 def _reporter(context: dg.AssetExecutionContext, library: Library) -> Callable[[Progress], None]:

@@ -8,6 +8,7 @@ finds the item finished, or by the planner when it closes the batch.
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import dagster as dg
@@ -15,7 +16,9 @@ from dagster import DagsterEvent, DagsterEventType, EventLogEntry
 from dagster._core.events import StepMaterializationData  # Dagster names it nowhere else
 
 from media_assets.engine import Result
-from media_assets.provenance import Provenance
+from media_assets.partitions import partition_of
+from media_assets.provenance import CODE_VERSION_TAG, Provenance
+from resources.settings import Settings
 
 MOST = 128
 """Results kept before they are written."""
@@ -58,6 +61,10 @@ class Mirror:
                 self._instance.event_log_storage.store_event_batch([self._entry(at, m) for at, m in made])
         self._since = time.monotonic()
 
+    def close(self) -> None:
+        """Write what is left."""
+        self.flush()
+
     def _entry(self, at: float, materialization: dg.AssetMaterialization) -> EventLogEntry:
         event = DagsterEvent(
             event_type_value=DagsterEventType.ASSET_MATERIALIZATION.value,
@@ -77,6 +84,35 @@ class Mirror:
             job_name=self._job,
             dagster_event=event,
         )
+
+
+class BucketMirror:
+    """Counts the finished results of one step and writes one materialization per asset and bucket at its end."""
+
+    def __init__(self, context: dg.AssetExecutionContext, settings: Settings, code_versions: Mapping[str, str]) -> None:
+        self._context = context
+        self._settings = settings
+        self._code_versions = code_versions
+        self._sums: dict[tuple[str, str], Counter[str]] = {}
+
+    def add(self, result: Result) -> None:
+        """Count a finished result."""
+        partition = partition_of(result.media_id, self._settings)
+        sums = self._sums.setdefault((result.asset, partition), Counter())
+        sums.update({"items": 1, str(result.how): 1, "dagster/row_count": result.outcome.rows or 0})
+        sums["milliseconds"] += round(1000 * (result.outcome.seconds or 0))
+
+    def close(self) -> None:
+        """Write the sums."""
+        for (asset, partition), sums in sorted(self._sums.items()):
+            self._context.log_event(
+                dg.AssetMaterialization(
+                    asset,
+                    partition=partition,
+                    metadata=dict(sums),
+                    tags={CODE_VERSION_TAG: self._code_versions[asset]},
+                )
+            )
 
 
 def materialized_in(instance: dg.DagsterInstance, run_id: str) -> set[tuple[str, str]]:

@@ -1,9 +1,21 @@
-"""Partitions: one per media ID; and the one place that reads a run's choice of them."""
+"""Partitions: one per media ID, or one per bucket of them; and the one place that reads a run's choice of them."""
 
 from __future__ import annotations
 
-from dagster import AssetExecutionContext, Config, DagsterInstance, DynamicPartitionsDefinition
+from collections.abc import Sequence
+
+from dagster import (
+    AssetExecutionContext,
+    Config,
+    DagsterInstance,
+    DynamicPartitionsDefinition,
+    PartitionsDefinition,
+    StaticPartitionsDefinition,
+)
 from pydantic import Field
+
+from media_assets.buckets import bucket_of, key
+from resources.settings import Settings
 
 MEDIA = "media"
 media_partitions = DynamicPartitionsDefinition(name=MEDIA)
@@ -22,8 +34,20 @@ class Batch(Config):  # type: ignore[misc]
     careful: bool = Field(default=False, description="one item at a time: a crash then counts against that one alone")
 
 
+def partitions_of(settings: Settings) -> PartitionsDefinition[str]:
+    """Partitions of the per-media assets."""
+    if settings.partitions == "media":
+        return media_partitions
+    return StaticPartitionsDefinition([key(bucket) for bucket in range(settings.index.buckets)])
+
+
+def partition_of(media_id: str, settings: Settings) -> str:
+    """The partition an item's assets are in."""
+    return media_id if settings.partitions == "media" else key(bucket_of(media_id, settings.index.buckets))
+
+
 def batch_keys(context: AssetExecutionContext, config: Batch) -> list[str]:
-    """Keys of the run: the list in its config, else its partition range or its partition."""
+    """Keys of the run: the media IDs in its config, else its partition range or its partition."""
     if config.keys:
         return list(dict.fromkeys(config.keys))
     # A run over a range has no partition key of its own.
@@ -31,13 +55,14 @@ def batch_keys(context: AssetExecutionContext, config: Batch) -> list[str]:
     return list(context.partition_keys) if partitioned else []
 
 
-def explicit_batch_tags(keys: list[str]) -> dict[str, str]:
-    """Tags of a run whose keys are in its config.
+def explicit_batch_tags(keys: Sequence[str], settings: Settings) -> dict[str, str]:
+    """Tags of a run whose media IDs are in its config.
 
     Dagster looks up the versions of upstream partitions before every step and fails in a run without any
-    partition, so the run names its first key as its range.
+    partition, so the run names the partition of its first item as its range.
     """
-    return range_tags(keys[0], keys[0])
+    first = partition_of(keys[0], settings)
+    return range_tags(first, first)
 
 
 def range_tags(first: str, last: str) -> dict[str, str]:
@@ -45,7 +70,12 @@ def range_tags(first: str, last: str) -> dict[str, str]:
     return {ASSET_PARTITION_RANGE_START_TAG: first, ASSET_PARTITION_RANGE_END_TAG: last}
 
 
-def add_partitions(instance: DagsterInstance, name: str, keys: list[str]) -> None:
-    """Add dynamic partitions in chunks; those already there are left as they are."""
-    for start in range(0, len(keys), _CHUNK):
-        instance.add_dynamic_partitions(name, keys[start : start + _CHUNK])
+def add_partitions(instance: DagsterInstance, settings: Settings, media_ids: Sequence[str]) -> None:
+    """Make these items partitions, in chunks; those that are partitions already are left as they are.
+
+    Where partitions are buckets there is nothing to add.
+    """
+    if settings.partitions != "media":
+        return
+    for start in range(0, len(media_ids), _CHUNK):
+        instance.add_dynamic_partitions(MEDIA, list(media_ids[start : start + _CHUNK]))

@@ -306,7 +306,7 @@ _UPSERT = sa.text(
         cast(:moments as timestamptz[]), cast(:sequencers as text[])
     )
     on conflict (media_id) do update set observed_at = excluded.observed_at, sequencer = excluded.sequencer,
-        object_version = excluded.object_version
+        object_version = coalesce(excluded.object_version, uploads.object_version)
     where (uploads.observed_at, uploads.sequencer) < (excluded.observed_at, excluded.sequencer)
     """
 )

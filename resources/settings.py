@@ -163,6 +163,9 @@ class Settings(BaseSettings):
     storage_url: str | None = Field(None, description="fsspec URL for derived files; default <home>/derived")
     database_url: str | None = Field(None, description="Postgres URL; default: an embedded server in <home>/postgres")
     profile: Literal["offline", "gpu"] = Field("offline", description="section of models.toml to use")
+    partitions: Literal["media", "bucket"] = Field(
+        "media", description="what a Dagster partition is: a media item (up to about 100,000), or a bucket of them"
+    )
     golden: str | None = Field(None, description="folder with a golden set; default: the shipped samples")
     limits: Limits = Limits()
     decoding: Decoding = Decoding()

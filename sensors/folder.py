@@ -6,7 +6,7 @@ import time
 import dagster as dg
 from pydantic import ValidationError
 
-from media_assets.partitions import MEDIA, add_partitions
+from media_assets.partitions import add_partitions
 from resources.errors import printable
 from resources.library import Library
 from resources.registry import Registered
@@ -42,7 +42,7 @@ def build_folder_sensor(settings: Settings) -> dg.SensorDefinition:
             return dg.SkipReason(f"Looking takes long; the next look is in {memory.rest_until - now:.0f} s.")
         found = look(folders, library.registry, memory, settings.ingestion, now)
         # Partitions first: one without an upload is harmless, an upload without its partition would stay so.
-        add_partitions(context.instance, MEDIA, [upload.media_id for upload in found.new])
+        add_partitions(context.instance, settings, [upload.media_id for upload in found.new])
         registered = library.registry.register(found.new, found.gone)
         told = _warn(context, found, memory.told)
         took = time.monotonic() - start

@@ -8,7 +8,7 @@ import dagster as dg
 from jobs.planner import Batch, Planner
 from jobs.rebuild import rebuild_request
 from media_assets.mirror import materialized_in, report
-from media_assets.partitions import MEDIA, add_partitions, explicit_batch_tags
+from media_assets.partitions import add_partitions, explicit_batch_tags
 from media_assets.provenance import DATA_VERSION_TAG
 from resources.backlog import BatchRecord
 from resources.library import Library
@@ -42,8 +42,8 @@ def build_planner_sensor(settings: Settings, jobs: Sequence[Any]) -> dg.SensorDe
         batches = [*lost_requests, *tick.batches]
         if batches:
             # Uploads registered by the command line may not be partitions yet.
-            add_partitions(context.instance, MEDIA, [key for batch in batches for key in batch.keys])
-            return dg.SensorResult(run_requests=[request(batch) for batch in batches])
+            add_partitions(context.instance, settings, [key for batch in batches for key in batch.keys])
+            return dg.SensorResult(run_requests=[request(batch, settings) for batch in batches])
         if not library.backlog.open_batches() and (rebuild := rebuild_request(library)) is not None:
             context.log.info("rebuild: the library changed and nothing is in flight")
             return dg.SensorResult(run_requests=[rebuild])
@@ -52,14 +52,14 @@ def build_planner_sensor(settings: Settings, jobs: Sequence[Any]) -> dg.SensorDe
     return planner_sensor
 
 
-def request(batch: Batch) -> dg.RunRequest:
+def request(batch: Batch, settings: Settings) -> dg.RunRequest:
     """The run of one batch; asking for it twice launches it once."""
     return dg.RunRequest(
         run_key=f"batch-{batch.id}",
         job_name=f"process_{batch.group}",
         run_config={"ops": {batch.group: {"config": {"keys": list(batch.keys), "careful": batch.is_careful}}}},
         tags={
-            **explicit_batch_tags(list(batch.keys)),
+            **explicit_batch_tags(batch.keys, settings),
             BATCH_TAG: str(batch.id),
             LANE_TAG: batch.lane,
             # A lost process's items come back through the planner, which then takes them one at a time.
@@ -97,7 +97,9 @@ def follow(library: Library, instance: dg.DagsterInstance) -> list[Batch]:
 
 
 def mirror_lost(library: Library, instance: dg.DagsterInstance, run_id: str, media_ids: Sequence[str]) -> None:
-    """Report what a run finished and did not live to report."""
+    """Report what a run finished and did not live to report; of buckets, runs report sums alone."""
+    if library.settings.partitions != "media":
+        return
     records = library.outcomes.load(media_ids)
     done = [record for record in records.values() if record.run_id == run_id and record.status.done]
     if done:

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import dagster as dg
 import sqlalchemy as sa
 
-from media_assets.partitions import MEDIA, add_partitions
+from media_assets.partitions import add_partitions
 from resources.database import DatabaseUnavailable
 from resources.errors import MediaError
 from resources.faults import fault
@@ -141,6 +141,7 @@ class _Tick:
         self._versions = VersionedRegistry(library.database, library.registry)
         self._rejections = RejectedMessages(library.database)
         self._instance = instance
+        self._settings = library.settings
         self._queue = queue
         self._dead_letters = dead_letters
         self._done = done
@@ -182,7 +183,7 @@ class _Tick:
             # Not only the new ones: a tick that died here before has registered them without a partition.
             states = self._registry.known(registered.media_ids)
             live = [media_id for media_id in registered.media_ids if states.get(media_id) == "live"]
-            add_partitions(self._instance, MEDIA, live)
+            add_partitions(self._instance, self._settings, live)
         fault("s3_events.partitioned")
         done.events += len(found) + len(gone) + len(versions_gone)
         done.new += len(registered.new)

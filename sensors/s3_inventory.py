@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from media_assets.partitions import MEDIA, add_partitions
+from media_assets.partitions import add_partitions
 from resources.errors import printable
 from resources.inventory import Cursor, Inventory, Report
 from resources.library import Library
@@ -32,7 +32,7 @@ def build_s3_inventory_sensor(settings: Settings) -> dg.SensorDefinition:
             return dg.SkipReason("ingestion.prefixes names no s3:// location to list.")
 
         def announce(media_ids: list[str]) -> None:
-            add_partitions(context.instance, MEDIA, media_ids)
+            add_partitions(context.instance, media.settings, media_ids)
 
         inventory = Inventory(media.registry, media.settings.s3, media.settings.ingestion, announce)
         cursor, reports = inventory.tick(Cursor.parse(context.cursor))

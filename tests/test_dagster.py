@@ -24,7 +24,7 @@ import pytest
 from PIL import Image
 
 from media_assets.groups import GROUPS, build_group
-from media_assets.partitions import MEDIA, add_partitions, range_tags
+from media_assets.partitions import add_partitions, explicit_batch_tags, partition_of, range_tags
 from media_assets.versions import code_version
 from resources.library import Library
 from resources.registry import Upload, discover
@@ -426,7 +426,7 @@ class Local:
             resources={"media": dg.ResourceDefinition(lambda _: self.library)},
         ).resolve_job_def("decode_job")
         config = {"ops": {DECODE.name: {"config": {"keys": keys}}}} if keys else None
-        tags = range_tags(keys[0], keys[0]) if keys else range_tags(self.ids[0], self.ids[-1])
+        tags = explicit_batch_tags(keys, self.library.settings) if keys else range_tags(self.ids[0], self.ids[-1])
         return job.execute_in_process(instance=self.instance, run_config=config, tags=tags)
 
     def made(self, result: dg.ExecuteInProcessResult, asset: str) -> dict[str, dg.AssetMaterialization]:
@@ -442,7 +442,7 @@ def local(library: Library, folder: Path) -> Iterator[Local]:
     uploads = [found for found in discover(sorted(str(path) for path in folder.iterdir())) if isinstance(found, Upload)]
     ids = library.registry.add(uploads)
     with dg.DagsterInstance.ephemeral() as instance:
-        add_partitions(instance, MEDIA, ids)
+        add_partitions(instance, library.settings, ids)
         yield Local(library, instance, ids)
 
 
@@ -473,3 +473,27 @@ def test_provenance_names_the_version_and_event_of_the_input(local: Local) -> No
         assert int(tags["dagster/input_event_pointer/media"]) == latest.storage_id
         pointers.append(latest.storage_id)
     assert pointers[0] < pointers[1]
+
+
+def test_buckets_can_be_the_partitions(library: Library, folder: Path) -> None:
+    """Given partitions that are buckets, then a run over some of them makes their items, and each tells its sums."""
+    library.settings = library.settings.model_copy(update={"partitions": "bucket"})
+    library.registry.add([found for found in discover([folder]) if isinstance(found, Upload)])
+    items = [row["media_id"] for row in library.registry.live()]
+    buckets = {media_id: partition_of(media_id, library.settings) for media_id in items}
+    with dg.DagsterInstance.ephemeral() as instance:
+        add_partitions(instance, library.settings, items)
+        first, *others = sorted({*buckets.values()})
+        assert others, "the sample falls into one bucket"
+        local = Local(library, instance, [first])
+        one = local.run("media")
+        (told,) = local.made(one, "media").values()
+        good = [key for key, bucket in buckets.items() if bucket == first and not key.startswith("b-broken")]
+        assert good
+        assert told.partition == first
+        assert told.metadata["items"].value == len(good)
+        records = library.outcomes.load(items, ["media"])
+        assert {key for key, _ in records} == {key for key, bucket in buckets.items() if bucket == first}
+        explicit = local.run("media", keys=[key for key, bucket in buckets.items() if bucket != first])
+        assert explicit.success
+        assert set(local.made(explicit, "media")) == set(others)

@@ -212,7 +212,7 @@ def test_suspects_of_a_crash_go_one_at_a_time(library: Library) -> None:
         connection.execute(sa.text("update uploads set due_at = null"))
     (careful,) = planner.tick(datetime.now(UTC) + timedelta(seconds=61)).batches
     assert (careful.lane, set(careful.keys)) == (CAREFUL, {first, second})
-    config = request(careful).run_config
+    config = request(careful, library.settings).run_config
     assert isinstance(config, dict)
     assert config["ops"]["decode"]["config"]["careful"] is True
 

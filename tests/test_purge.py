@@ -139,9 +139,9 @@ def decode(library: Library, instance: dg.DagsterInstance, ids: list[str]) -> No
         jobs=[dg.define_asset_job("decode_job", dg.AssetSelection.assets(*DECODE).without_checks())],
         resources={"media": dg.ResourceDefinition(lambda _: library)},
     ).resolve_job_def("decode_job")
-    add_partitions(instance, MEDIA, ids)
+    add_partitions(instance, library.settings, ids)
     config = {"ops": {GROUPS[0].name: {"config": {"keys": ids}}}}
-    job.execute_in_process(instance=instance, run_config=config, tags=explicit_batch_tags(ids))
+    job.execute_in_process(instance=instance, run_config=config, tags=explicit_batch_tags(ids, library.settings))
 
 
 def places(library: Library, needle: str) -> list[str]:
