@@ -97,19 +97,14 @@ def keys(count: int) -> list[str]:
 
 
 class Responder(BaseHTTPRequestHandler):
-    """ListObjectsV2, HEAD, PUT and DELETE over a sorted list of keys; GET / tells how many listings there were."""
+    """ListObjectsV2, HEAD, PUT and DELETE over a sorted list of keys."""
 
     protocol_version = "HTTP/1.1"
     keys: ClassVar[list[str]] = []
-    listings = 0
 
     def do_GET(self) -> None:
-        """A listing, or the count of listings."""
+        """A listing."""
         query = parse_qs(urlsplit(self.path).query, keep_blank_values=True)
-        if "list-type" not in query:
-            self._send(str(Responder.listings).encode())
-            return
-        Responder.listings += 1
         prefix = query.get("prefix", [""])[0]
         after = query.get("continuation-token", query.get("start-after", [""]))[0]
         start = max(bisect.bisect_left(self.keys, prefix), bisect.bisect_right(self.keys, after))
@@ -242,12 +237,11 @@ def main() -> None:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="inventory-")))
         store = seaweedfs if arguments.seaweedfs else responder
         endpoint = stack.enter_context(store(arguments.keys))
-        proxy = stack.enter_context(s3_server.s3_proxy(endpoint)) if arguments.seaweedfs else None
         environment = {
             **os.environ,
             **s3_server.ENVIRONMENT,
             "PYTHONPATH": str(PROJECT),
-            "MEDIA_S3__ENDPOINT_URL": proxy.url if proxy else endpoint,
+            "MEDIA_S3__ENDPOINT_URL": endpoint,
             "MEDIA_INGESTION__PREFIXES": json.dumps([f"s3://{BUCKET}/{PREFIX}"]),
             "MEDIA_INGESTION__INVENTORY_PAGE": str(arguments.page),
             "MEDIA_INGESTION__TICK_BUDGET_S": str(arguments.budget),

@@ -80,6 +80,7 @@ class Report:
 
     `missed` uploads are new although a listing had been complete before: their events were lost, or are on their way.
     `removed` objects are gone without a word. `looks` are objects asked for one by one.
+    `between` says that no pass was due and the last page alone was looked at.
     """
 
     prefix: str
@@ -90,6 +91,7 @@ class Report:
     removed: int = 0
     looks: int = 0
     finished: bool = False
+    between: bool = False
     error: MediaError | None = None
 
 
@@ -169,6 +171,7 @@ class _Run:
 
     def _tail(self) -> None:
         """The last page of the listing once more, and what has come behind it."""
+        self.report.between = True
         start = self.state.back
         while True:
             page = self._list(start)

@@ -49,7 +49,7 @@ def sentence(report: Report) -> str:
     where = printable(report.prefix, 200)
     if report.error:
         return f"{where}: {report.error} {report.pages} pages were done before."
-    state = "complete" if report.finished else "goes on" if report.pages > 1 else "looked at"
+    state = "complete" if report.finished else "between passes" if report.between else "goes on"
     return (
         f"{where}: {state}, {report.pages} pages, {report.keys} keys, {report.new} new, "
         f"{report.missed} of them missed by events, {report.removed} removed unnoticed."

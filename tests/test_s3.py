@@ -431,7 +431,7 @@ def test_a_prefix_that_cannot_be_listed_does_not_stop_the_others(
         (row,) = library.registry.live()
         assert instance.get_dynamic_partitions("media") == [row["media_id"]]
         again = sensor(dg.build_sensor_context(instance, cursor=result.cursor, resources={"media": library}))
-        assert "looked at, 1 pages, 1 keys, 0 new" in str(again.skip_reason)
+        assert "between passes, 1 pages, 1 keys, 0 new" in str(again.skip_reason)
     assert json.loads(result.cursor)["prefixes"][f"s3://{bucket}/"]["passes"] == 1
     off = build_s3_inventory_sensor(Settings(home=library.settings.home))
     assert off.default_status is dg.DefaultSensorStatus.STOPPED
