@@ -46,7 +46,7 @@ SECRET = "xylophonist"  # a word that only the purged item says
 PICTURE = base64.b64encode(b"a picture of the purged item alone").decode()
 QUIET = Console(quiet=True)
 KILLED = """
-import json, os, sys, time
+import json, os, sys
 import alembic.command, alembic.config, duckdb, faiss, pandas, psycopg2, pyarrow.dataset  # once for all children
 from rich.console import Console
 from cli.purging import purge
@@ -55,27 +55,23 @@ from resources.library import Library
 from resources.views import query
 
 home, media_id, *points = sys.argv[1:]
-def call(fault):
+def call(fault, died=None):
     os.environ["MEDIA_FAULT"] = fault
     library = Library.open(home)
+    if died is not None:
+        state = library.registry.known([media_id])[media_id]
+        shown = media_id in query(open_views(library), "select media_id from outcomes")["media_id"].to_pylist()
+        print(json.dumps({"signal": os.WTERMSIG(died), "state": state, "shown": shown}), flush=True)
     purge(library, [media_id], yes=True, with_duplicates=False, as_json=True, console=Console(quiet=True))
-    sys.stdout.flush()
 
+died = None
 for point in points:
     child = os.fork()  # a process of its own that need not import everything anew
     if child == 0:
-        call(f"purge.{point}:kill")
+        call(f"purge.{point}:kill", died)
         os._exit(0)
-    _, status = os.waitpid(child, 0)
-    seen = os.fork()
-    if seen == 0:
-        library = Library.open(home)
-        state = library.registry.known([media_id])[media_id]
-        shown = media_id in query(open_views(library), "select media_id from outcomes")["media_id"].to_pylist()
-        print(json.dumps({"signal": os.WTERMSIG(status), "state": state, "shown": shown}), flush=True)
-        os._exit(0)
-    os.waitpid(seen, 0)
-call("")
+    _, died = os.waitpid(child, 0)
+call("", died)
 """
 
 
