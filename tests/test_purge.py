@@ -400,3 +400,24 @@ def test_a_kill_anywhere_is_repaired_by_running_again(home: Home) -> None:
     with home.library.database.engine.connect() as connection:
         steps = sa.select(purges.c.step).where(purges.c.media_id == media_id).order_by(purges.c.id)
         assert list(connection.execute(steps).scalars()) == ["begun"] * (len(points) + 1) + ["erased"]
+
+
+def test_derived_files_on_an_object_store_are_purged_and_searched(database_url: str, tmp_path: Path) -> None:
+    """Given derived files on a remote file system, when an item is purged, then its files go and copies are found."""
+    settings = Settings(home=tmp_path, database_url=database_url, storage_url=f"memory://purge-{tmp_path.name}")
+    library = Library(settings)
+    with dg.DagsterInstance.ephemeral() as instance:
+        media_id, other = put(library, "gone.mp3", "tram", "7" * 64), put(library, "kept.mp3", "tram", "8" * 64)
+        rebuild(library, instance)
+    remote = Home(library, instance, {}, tmp_path)
+    planted = library.store.root / "exports" / "x.parquet"
+    library.store.write_bytes(planted, _parquet(pa.table({"media_id": [media_id]})))
+    report = remote.purge(media_id, code=Exit.ITEMS_FAILED)
+    assert [line.split()[0] for line in report["left"]] == ["rows"]
+    assert "exports/x.parquet" in report["left"][0]
+    planted.unlink()
+    assert remote.purge(media_id)["complete"]
+    names = library.store.root.fs.find(library.store.root.path)
+    assert not [name for name in names if media_id in name]
+    assert [name for name in names if other in name]
+    library.close()
