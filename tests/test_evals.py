@@ -20,7 +20,9 @@ from evals.golden import Golden, GoldenSetError, Range, local_path
 from evals.pictures import MAX_DATA_URI_BYTES, Timeline, bars, data_uri, timelines
 from evals.result import EvalResult, Figure, NotProcessedError, Reader, Vectors, Verdict
 from media_assets import schemas
+from resources.database import Database
 from resources.models.registry import ModelRegistry
+from resources.outcomes import OutcomeStore
 from resources.settings import Settings
 from resources.storage import DerivedStore
 
@@ -90,6 +92,7 @@ class Media:
     store: DerivedStore
     models: ModelRegistry
     golden: Golden
+    outcomes: OutcomeStore
 
     def items(self) -> list[tuple[str, str, str | None]]:
         return library_of(self.golden)
@@ -367,10 +370,10 @@ def test_without_a_baseline_the_check_warns_how_to_store_one(golden: Golden, rea
 
 
 def test_the_asset_writes_rows_and_the_check_fails_on_a_regression(
-    golden: Golden, reader: Reader, store: DerivedStore, tmp_path: Path
+    golden: Golden, reader: Reader, store: DerivedStore, database: Database, tmp_path: Path
 ) -> None:
     settings = Settings.load(tmp_path / "home").model_copy(update={"golden": str(golden.root)})
-    media = Media(settings, store, ModelRegistry(settings), golden)
+    media = Media(settings, store, ModelRegistry(settings), golden, OutcomeStore(database, settings.engine))
     asset = next(asset for asset in eval_assets if asset.key == dg.AssetKey(["evals", "shots"]))
     check = next(check for check in eval_checks if asset.key in {key.asset_key for key in check.check_keys})
     resources = {"media": dg.ResourceDefinition.hardcoded_resource(media)}

@@ -46,7 +46,7 @@ SECRET = "xylophonist"  # a word that only the purged item says
 PICTURE = base64.b64encode(b"a picture of the purged item alone").decode()
 QUIET = Console(quiet=True)
 KILLED = """
-import json, os, sys, time
+import json, os, sys
 import alembic.command, alembic.config, duckdb, faiss, pandas, psycopg2, pyarrow.dataset  # once for all children
 from rich.console import Console
 from cli.purging import purge
@@ -55,27 +55,23 @@ from resources.library import Library
 from resources.views import query
 
 home, media_id, *points = sys.argv[1:]
-def call(fault):
+def call(fault, died=None):
     os.environ["MEDIA_FAULT"] = fault
     library = Library.open(home)
+    if died is not None:
+        state = library.registry.known([media_id])[media_id]
+        shown = media_id in query(open_views(library), "select media_id from outcomes")["media_id"].to_pylist()
+        print(json.dumps({"signal": os.WTERMSIG(died), "state": state, "shown": shown}), flush=True)
     purge(library, [media_id], yes=True, with_duplicates=False, as_json=True, console=Console(quiet=True))
-    sys.stdout.flush()
 
+died = None
 for point in points:
     child = os.fork()  # a process of its own that need not import everything anew
     if child == 0:
-        call(f"purge.{point}:kill")
+        call(f"purge.{point}:kill", died)
         os._exit(0)
-    _, status = os.waitpid(child, 0)
-    seen = os.fork()
-    if seen == 0:
-        library = Library.open(home)
-        state = library.registry.known([media_id])[media_id]
-        shown = media_id in query(open_views(library), "select media_id from outcomes")["media_id"].to_pylist()
-        print(json.dumps({"signal": os.WTERMSIG(status), "state": state, "shown": shown}), flush=True)
-        os._exit(0)
-    os.waitpid(seen, 0)
-call("")
+    _, died = os.waitpid(child, 0)
+call("", died)
 """
 
 
@@ -404,3 +400,24 @@ def test_a_kill_anywhere_is_repaired_by_running_again(home: Home) -> None:
     with home.library.database.engine.connect() as connection:
         steps = sa.select(purges.c.step).where(purges.c.media_id == media_id).order_by(purges.c.id)
         assert list(connection.execute(steps).scalars()) == ["begun"] * (len(points) + 1) + ["erased"]
+
+
+def test_derived_files_on_an_object_store_are_purged_and_searched(database_url: str, tmp_path: Path) -> None:
+    """Given derived files on a remote file system, when an item is purged, then its files go and copies are found."""
+    settings = Settings(home=tmp_path, database_url=database_url, storage_url=f"memory://purge-{tmp_path.name}")
+    library = Library(settings)
+    with dg.DagsterInstance.ephemeral() as instance:
+        media_id, other = put(library, "gone.mp3", "tram", "7" * 64), put(library, "kept.mp3", "tram", "8" * 64)
+        rebuild(library, instance)
+    remote = Home(library, instance, {}, tmp_path)
+    planted = library.store.root / "exports" / "x.parquet"
+    library.store.write_bytes(planted, _parquet(pa.table({"media_id": [media_id]})))
+    report = remote.purge(media_id, code=Exit.ITEMS_FAILED)
+    assert [line.split()[0] for line in report["left"]] == ["rows"]
+    assert "exports/x.parquet" in report["left"][0]
+    planted.unlink()
+    assert remote.purge(media_id)["complete"]
+    names = library.store.root.fs.find(library.store.root.path)
+    assert not [name for name in names if media_id in name]
+    assert [name for name in names if other in name]
+    library.close()
