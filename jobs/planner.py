@@ -163,6 +163,7 @@ class Planner:
         settled: list[str] = []
         due: dict[str, datetime] = {}
         costs = self._known_costs()
+        read_at = self._backlog.now()
         uploads = self._backlog.waiting(self.plan, limit)
         dead = self._dead_runs()
         for start in range(0, len(uploads), _PAGE):
@@ -179,7 +180,7 @@ class Planner:
                 else:
                     queues[group].append(self._candidate(upload, group, judgement, costs, now))
         if writes:
-            self._backlog.settle(settled, self.plan)
+            self._backlog.settle(settled, self.plan, read_at)
             self._backlog.defer(due)
         tick.looked_at += len(uploads)
         tick.settled += len(settled)

@@ -70,6 +70,18 @@ class Depth:
     in_batches: int
 
 
+_LOCK = sa.text("select media_id from uploads where media_id = any(:ids) order by media_id for no key update")
+_SETTLE = sa.text(
+    """
+    update uploads u set plan = :plan, due_at = null, launches = 0, priority = 0
+    where u.media_id = any(:ids) and not exists (
+        select from outcomes o where o.media_id = u.media_id and (
+            o.updated_at >= :read_at or o.status = 'running'
+            or (o.status = 'retryable' and o.retry_at <= now() and o.error_class is distinct from 'upstream_failed')
+        )
+    )
+    """
+)
 _BATCH_FIELDS = [batches.c[name] for name in BatchRecord.__slots__]
 
 
@@ -101,13 +113,23 @@ class Backlog:
         with self._engine.connect() as connection:
             return Depth(*connection.execute(query, {"plan": plan}).one())
 
-    def settle(self, media_ids: Sequence[str], plan: str) -> None:
-        """Nothing is left to do for these uploads under this plan."""
-        values = {"plan": plan, "due_at": None, "launches": 0, "priority": 0}
-        with self._engine.begin() as connection:
-            for start in range(0, len(media_ids), _CHUNK):
-                chosen = uploads.c.media_id.in_(media_ids[start : start + _CHUNK])
-                connection.execute(sa.update(uploads).where(chosen).values(values))
+    def settle(self, media_ids: Sequence[str], plan: str, read_at: datetime) -> None:
+        """Nothing is left to do for these uploads under this plan, as their outcomes said at `read_at`.
+
+        Those whose outcomes changed meanwhile are left for the next look.
+        """
+        for start in range(0, len(media_ids), _CHUNK):
+            chunk = {"ids": list(media_ids[start : start + _CHUNK])}
+            with self._engine.begin() as connection:
+                # Whatever claims an outcome locks its upload: from here on it finds the plan and takes it away.
+                connection.execute(_LOCK, chunk).all()
+                connection.execute(_SETTLE, {**chunk, "plan": plan, "read_at": read_at})
+
+    def now(self) -> datetime:
+        """The database's clock."""
+        with self._engine.connect() as connection:
+            moment: datetime = connection.execute(sa.select(sa.func.clock_timestamp())).scalar_one()
+            return moment
 
     def defer(self, due: Mapping[str, datetime]) -> None:
         """Look at these uploads again at their time."""

@@ -325,3 +325,17 @@ def test_what_a_dead_run_finished_is_mirrored(library: Library) -> None:
         assert found == set(keys)
         latest = instance.fetch_materializations(dg.AssetKey("media"), limit=10).records
         assert [record.partition_key for record in latest] == [keys[1], keys[0]]
+
+
+def test_a_claim_during_the_planners_look_is_not_hidden(library: Library) -> None:
+    """Given outcomes claimed or reset after the planner read them, then their uploads are not settled."""
+    planner = configure(library)
+    claimed, reset, _ = keys = register(library, "a.jpg", "b.jpg", "c.jpg")
+    for group in planner.stages:
+        make(library, planner, group, keys)
+    read_at = library.backlog.now()
+    with library.outcomes.lease("other") as lease:
+        library.outcomes.claim(claimed, "media", "newer", "other", lease.liveness)
+    assert library.outcomes.reset([reset], ["audio"], finished=True) == 1
+    library.backlog.settle(keys, planner.plan, read_at)
+    assert {upload.media_id for upload in library.backlog.waiting(planner.plan, 10)} == {claimed, reset}
