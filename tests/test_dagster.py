@@ -33,7 +33,7 @@ from resources.settings import Settings
 T = TypeVar("T")
 DECODE = GROUPS[0]
 DECODED = ("media", "frames", "audio")
-DEADLINE_S = 120.0
+DEADLINE_S = 300.0
 POLL_S = 0.5
 REGISTER = """
 import json, sys
