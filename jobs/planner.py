@@ -110,13 +110,17 @@ def plan_digest(stages: Mapping[str, Sequence[Stage[Any, Any]]]) -> str:
 
 
 class Planner:
-    """Plans for one library."""
+    """Plans for one library: all groups, or the `groups` named."""
 
-    def __init__(self, library: Library) -> None:
+    def __init__(self, library: Library, groups: Sequence[str] | None = None) -> None:
         self._library = library
         self._settings = library.settings.planner
         self._backlog: Backlog = library.backlog
-        self.stages = {group.name: group.load(library.settings, library.models) for group in GROUPS}
+        self.stages = {
+            group.name: group.load(library.settings, library.models)
+            for group in GROUPS
+            if groups is None or group.name in groups
+        }
         self.plan = plan_digest(self.stages)
         self._inputs = sorted({stage.name for members in self.stages.values() for stage in members})
         self._costs: tuple[float, Costs] | None = None
