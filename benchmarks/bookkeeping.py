@@ -127,7 +127,7 @@ def ours(library: Library, instance: dg.DagsterInstance, keys: Sequence[str]) ->
     )
     job = definitions.resolve_job_def("bare")
     clock = Clock()
-    for method in ("claim", "succeed", "load", "twins"):
+    for method in ("claim", "succeed", "load"):
         clock.wrap(library.outcomes, method, "records")
     clock.wrap(instance, "get_latest_storage_id_by_partition", "provenance")
     clock.wrap(instance, "store_event" if hasattr(instance, "store_event") else "handle_new_event", "events")
@@ -144,7 +144,7 @@ def ours(library: Library, instance: dg.DagsterInstance, keys: Sequence[str]) ->
     )
     work["whole"] = time.perf_counter() - start
     assert result.success
-    for name in ("claim", "succeed", "load", "twins"):
+    for name in ("claim", "succeed", "load"):
         delattr(library.outcomes, name)
     delattr(library.store, "write")
     tasks = len(keys) * len(ASSETS)
