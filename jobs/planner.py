@@ -70,6 +70,7 @@ class _Candidate:
     upload: Waiting
     need: Need
     seconds: float
+    is_guess: bool
     lane: str
     waited_s: float
 
@@ -156,7 +157,7 @@ class Planner:
         for group, candidates in self._judged(tick, datetime.now(UTC), limit, writes=False).items():
             for lane, members in self._lanes(candidates):
                 for chosen in self._packed(members):
-                    tick.batches.append(_batch(None, group, lane, chosen))
+                    tick.batches.append(_planned(group, lane, chosen))
         return tick
 
     # -- judging ------------------------------------------------------------------------------------------
@@ -213,13 +214,13 @@ class Planner:
         return is_dead
 
     def _candidate(self, upload: Waiting, group: str, judgement: Judgement, costs: Costs, now: datetime) -> _Candidate:
-        seconds, _ = costs.seconds([stage.name for stage in self.stages[group]], upload.uri, upload.bytes)
+        seconds, is_guess = costs.seconds([stage.name for stage in self.stages[group]], upload.uri, upload.bytes)
         since = max(upload.discovered_at, upload.due_at or upload.discovered_at)
         if judgement.need is Need.RUNNING:
             lane = CAREFUL
         else:
             lane = LONG if seconds >= self._settings.long_s else kind_of(upload.uri)
-        return _Candidate(upload, judgement.need, seconds, lane, (now - since).total_seconds())
+        return _Candidate(upload, judgement.need, seconds, is_guess, lane, (now - since).total_seconds())
 
     def _known_costs(self) -> Costs:
         if self._costs is None or time.monotonic() - self._costs[0] > COST_MAX_AGE_S:
@@ -294,7 +295,7 @@ class Planner:
         return max(candidate.waited_s for candidate in chosen) >= self._settings.max_wait_s
 
     def _create(self, group: str, lane: str, chosen: Sequence[_Candidate]) -> Batch | None:
-        planned = _batch(None, group, lane, chosen)
+        planned = _planned(group, lane, chosen)
         batch_id, keys = self._backlog.create(group, lane, planned.keys, planned.seconds, planned.reason)
         if not keys:
             self._backlog.ended(batch_id, "lost", 0.0)
@@ -302,13 +303,14 @@ class Planner:
         return Batch(batch_id, group, lane, tuple(keys), planned.seconds, planned.reason)
 
 
-def _batch(batch_id: int | None, group: str, lane: str, chosen: Sequence[_Candidate]) -> Batch:
+def _planned(group: str, lane: str, chosen: Sequence[_Candidate]) -> Batch:
     seconds = sum(candidate.seconds for candidate in chosen)
     why = Counter("stale" if c.upload.was_settled and c.need is Need.NEW else _WHY[c.need] for c in chosen)
     told = ", ".join(f"{count} {name}" for name, count in why.most_common())
     noun = "upload" if len(chosen) == 1 else "uploads"
-    reason = f"{len(chosen)} {lane} {noun} ({told}), about {seconds:.0f} s of work"
-    return Batch(batch_id, group, lane, tuple(c.upload.media_id for c in chosen), seconds, reason)
+    guess = ", partly a guess" if any(c.is_guess for c in chosen) else ""
+    reason = f"{len(chosen)} {lane} {noun} ({told}), about {seconds:.0f} s of work{guess}"
+    return Batch(None, group, lane, tuple(c.upload.media_id for c in chosen), seconds, reason)
 
 
 _WHY = {
