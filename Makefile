@@ -37,8 +37,8 @@ install: .venv/.installed
 
 # The lock names versions and hashes only, never an index.
 lock: | .venv/.installed
-	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --extra cpu --extra offline --extra samples \
-		--extra dev --generate-hashes --no-emit-index-url -q -o requirements/lock.txt
+	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --extra cpu --extra offline --extra ray --extra k8s \
+		--extra samples --extra dev --generate-hashes --no-emit-index-url -q -o requirements/lock.txt
 
 clean:
 	rm -rf .venv var
