@@ -9,17 +9,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
-import sqlalchemy as sa
 from rich.console import Console
 from rich.markup import escape
 
 from cli.exit_codes import Exit
 from cli.instance import PROJECT, prepare_environment
-from resources.database import LOCK_NAMESPACE
 from resources.errors import printable
 from resources.library import Library
 from resources.registry import uri_of
@@ -44,8 +42,8 @@ def serve(library: Library, port: int, console: Console, folders: Sequence[Path]
         return Exit.USAGE
     try:
         console.print("starting Postgres", style="dim")
-        with _only_one(library) as alone:
-            if not alone:
+        with library.database.exclusive(_DEV_LOCK) as alone:
+            if not alone:  # two daemons would launch everything twice
                 console.print("Another `media-assets dev` runs on this home. Use its UI, or stop it.", style="red")
                 return Exit.USAGE
             folder = prepare_environment(library)
@@ -102,14 +100,6 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
     with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
-
-
-@contextmanager
-def _only_one(library: Library) -> Iterator[bool]:
-    """Whether this is the only `dev` on the library's database: two daemons would launch everything twice."""
-    with library.database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        lock = sa.select(sa.func.pg_try_advisory_lock(LOCK_NAMESPACE, _DEV_LOCK))
-        yield bool(connection.execute(lock).scalar())
 
 
 def _is_free(port: int) -> bool:

@@ -12,10 +12,11 @@ import mimetypes
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from jobs.express import EXPRESS
 from media_assets.groups import GROUPS
 from media_assets.planning import Judgement, Need, judge
 from media_assets.stage import MediaItem, Stage
@@ -70,6 +71,7 @@ class _Candidate:
     upload: Waiting
     need: Need
     seconds: float
+    seconds_to_end: float
     is_guess: bool
     lane: str
     waited_s: float
@@ -122,6 +124,7 @@ class Planner:
             for group in GROUPS
             if groups is None or group.name in groups
         }
+        self._takes_all = groups is None
         self.plan = plan_digest(self.stages)
         self._inputs = sorted({stage.name for members in self.stages.values() for stage in members})
         self._costs: tuple[float, Costs] | None = None
@@ -140,8 +143,9 @@ class Planner:
             queues = self._judged(tick, moment, self._settings.lookahead, writes=True)
             if tick.looked_at == looked_at:
                 break
-        for group, candidates in queues.items():
-            self._launch(tick, group, candidates, room[group], in_flight[group])
+        if not self._express(tick, queues, in_flight):
+            for group, candidates in queues.items():
+                self._launch(tick, group, candidates, room[group], in_flight[group] + in_flight[EXPRESS])
         depth = self._backlog.depth(self.plan)
         tick.explanations.append(
             f"backlog: {depth.ready} uploads ready, {depth.waiting} waiting for a retry,"
@@ -214,13 +218,19 @@ class Planner:
         return is_dead
 
     def _candidate(self, upload: Waiting, group: str, judgement: Judgement, costs: Costs, now: datetime) -> _Candidate:
-        seconds, is_guess = costs.seconds([stage.name for stage in self.stages[group]], upload.uri, upload.bytes)
+        names = list(self.stages)
+        following = names[names.index(group) :]
+        (seconds, is_guess), *later = [self._expected(costs, name, upload) for name in following]
         since = max(upload.discovered_at, upload.due_at or upload.discovered_at)
         if judgement.need is Need.RUNNING:
             lane = CAREFUL
         else:
             lane = LONG if seconds >= self._settings.long_s else kind_of(upload.uri)
-        return _Candidate(upload, judgement.need, seconds, is_guess, lane, (now - since).total_seconds())
+        whole = seconds + sum(more for more, _ in later)
+        return _Candidate(upload, judgement.need, seconds, whole, is_guess, lane, (now - since).total_seconds())
+
+    def _expected(self, costs: Costs, group: str, upload: Waiting) -> tuple[float, bool]:
+        return costs.seconds([stage.name for stage in self.stages[group]], upload.uri, upload.bytes)
 
     def _known_costs(self) -> Costs:
         if self._costs is None or time.monotonic() - self._costs[0] > COST_MAX_AGE_S:
@@ -228,6 +238,24 @@ class Planner:
         return self._costs[1]
 
     # -- packing ------------------------------------------------------------------------------------------
+
+    def _express(self, tick: Tick, queues: Mapping[str, Sequence[_Candidate]], in_flight: Mapping[str, int]) -> bool:
+        """Launch all there is as one batch through all groups, where nothing is in flight and it is little."""
+        candidates = [candidate for members in queues.values() for candidate in members]
+        if (
+            not self._takes_all
+            or not candidates
+            or any(in_flight.values())
+            or any(candidate.lane == CAREFUL for candidate in candidates)
+            or len(candidates) > self._library.settings.engine.batch_items
+            or sum(candidate.seconds_to_end for candidate in candidates) > self._settings.express_s
+        ):
+            return False
+        batch = self._create(EXPRESS, EXPRESS, [replace(c, seconds=c.seconds_to_end) for c in candidates])
+        if batch is not None:
+            tick.batches.append(batch)
+            tick.explanations.append(f"{EXPRESS}: batch {batch.id} through all groups, {batch.reason}")
+        return True
 
     def _launch(self, tick: Tick, group: str, candidates: Sequence[_Candidate], room: int, in_flight: int) -> None:
         """Launch what may be; the rest waits for a fuller batch, or for a batch in flight to end."""

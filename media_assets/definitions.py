@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import cache
 
 import dagster as dg
 
@@ -11,6 +12,7 @@ warnings.filterwarnings("ignore", category=dg.BetaWarning)
 warnings.filterwarnings("ignore", category=dg.PreviewWarning)
 
 from evals.assets import eval_assets, eval_checks  # noqa: E402
+from jobs.express import build_express_job  # noqa: E402
 from jobs.processing import processing_jobs  # noqa: E402
 from jobs.rebuild import build_rebuild_schedule, rebuild_job  # noqa: E402
 from media_assets.global_assets import build_global_assets  # noqa: E402
@@ -33,6 +35,7 @@ uploads = dg.AssetSpec(
 def build(library: Library) -> dg.Definitions:
     """All definitions of one library; its database is opened only when a run needs it."""
     settings, models = library.settings, library.models
+    jobs = [*processing_jobs, build_express_job(), rebuild_job]
     return dg.Definitions(
         assets=[
             uploads,
@@ -41,14 +44,14 @@ def build(library: Library) -> dg.Definitions:
             *eval_assets,
         ],
         asset_checks=eval_checks,
-        jobs=[*processing_jobs, rebuild_job],
+        jobs=jobs,
         schedules=[build_rebuild_schedule(settings.index.buckets)],
         sensors=[
             build_alert_sensor(settings),
             build_folder_sensor(settings),
             build_s3_event_sensor(settings),
             build_s3_inventory_sensor(settings),
-            build_planner_sensor(settings, [*processing_jobs, rebuild_job]),
+            build_planner_sensor(settings, jobs),
         ],
         resources={"media": dg.ResourceDefinition(lambda _: library)},
         executor=dg.in_process_executor,
@@ -58,4 +61,10 @@ def build(library: Library) -> dg.Definitions:
 @dg.definitions
 def defs() -> dg.Definitions:
     """What Dagster's code location loads: the installation of $MEDIA_HOME (default ./var)."""
-    return build(Library.open())
+    return build(_library())
+
+
+@cache
+def _library() -> Library:
+    """One per process: a warm worker loads the definitions for every run, and its models once."""
+    return Library.open()

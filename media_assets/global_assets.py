@@ -1,7 +1,8 @@
 """Assets that span items: the catalog and the index shards per bucket, and the near-duplicate groups."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import dagster as dg
@@ -17,6 +18,9 @@ OWNERS = ["team:ml-platform"]
 RECALL = "recall"
 REBUILT = "rebuilt.digest"
 REBUILT_MARK = "rebuilt_mark"
+REBUILD_SECONDS = "rebuild_seconds"
+REBUILD_LOCK = -2
+"""Advisory lock of whoever rebuilds; folders of buckets are locked besides, against other databases."""
 SPANNING = frozenset({"catalog", "index_shard", "near_duplicates"})
 _NEEDS = Needs(cpus=2)
 
@@ -135,26 +139,44 @@ def build_global_assets(settings: Settings) -> list[dg.AssetsDefinition]:
     def rebuild_buckets(context: dg.AssetExecutionContext) -> Iterator[Any]:
         library: Library = context.resources.media
         selected = {key.to_user_string() for key in context.selected_asset_keys}
+        # Materialized alone, near_duplicates has no partitions.
+        chosen = [int(key) for key in context.partition_keys] if selected - {"near_duplicates"} else []
         # While this run lives, it may write of items that were there when it began: a purge asks for its lease.
         with library.outcomes.lease(context.run.run_id):
-            mark = library.outcomes.library_mark()
-            versions, digest = read_live(library)
-            live = by_bucket(versions, library.settings.index.buckets)
-            # Materialized alone, near_duplicates has no partitions.
-            chosen = [int(key) for key in context.partition_keys] if selected - {"near_duplicates"} else []
-            if "catalog" in selected:
-                yield from _catalog(library, {bucket: live[bucket] for bucket in chosen})
-            if "index_shard" in selected:
-                recalls: dict[str, float] = {}
-                yield from _index(library, {bucket: live[bucket]["embeddings"] for bucket in chosen}, recalls)
-                yield _recall_check(recalls, library.settings.index.min_recall)
-            if "near_duplicates" in selected:
-                yield _near_duplicates(library, versions)
-            if selected == SPANNING and set(chosen) == set(live):
-                library.store.write_bytes(library.store.root / REBUILT, digest.encode())
-                library.remember(REBUILT_MARK, mark)
+            yield from rebuild(library, selected, chosen)
 
     return [rebuild_buckets]
+
+
+def rebuild(library: Library, selected: Set[str], chosen: Sequence[int]) -> Iterator[Any]:
+    """Make the `selected` spanning assets anew, of the buckets `chosen`; yields their events. Raises BucketBusy."""
+    from media_assets.buckets import BucketBusy
+
+    start = time.monotonic()
+    with library.database.exclusive(REBUILD_LOCK) as alone:
+        if not alone:
+            raise BucketBusy("Another run is rebuilding the library.")
+        mark = library.outcomes.library_mark()
+        versions, digest = read_live(library)
+        live = by_bucket(versions, library.settings.index.buckets)
+        if "catalog" in selected:
+            yield from _catalog(library, {bucket: live[bucket] for bucket in chosen})
+        if "index_shard" in selected:
+            recalls: dict[str, float] = {}
+            yield from _index(library, {bucket: live[bucket]["embeddings"] for bucket in chosen}, recalls)
+            yield _recall_check(recalls, library.settings.index.min_recall)
+        if "near_duplicates" in selected:
+            yield _near_duplicates(library, versions)
+        if selected == SPANNING and set(chosen) == set(live):
+            library.store.write_bytes(library.store.root / REBUILT, digest.encode())
+            library.remember(REBUILT_MARK, mark)
+            library.remember(REBUILD_SECONDS, f"{time.monotonic() - start:.3f}")
+
+
+def rebuild_seconds(library: Library) -> float | None:
+    """Seconds the last complete rebuild took, or None before the first."""
+    told = library.remembered(REBUILD_SECONDS)
+    return None if told is None else float(told)
 
 
 def _catalog(

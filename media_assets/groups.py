@@ -129,24 +129,27 @@ def build_group(group: Group, settings: Settings, models: ModelRegistry) -> dg.A
             checked = [item.media_id for item in batch] if chosen else None
             selected = [stage for stage in group.load(library.settings, library.models) if stage.name in wanted]
             if selected:
-                _materialize(context, library, selected, batch, config.careful)
+                materialize(context.op_execution_context, library, selected, batch, config.careful)
             for check in context.selected_asset_check_keys:
-                name = keys[check.asset_key]
-                if check.name == ITEMS:
-                    yield items_check(library, name, checked)
-                elif check.name == EXPECTATIONS:
-                    yield expectations_check(library, name, checked)
+                yield check_batch(library, keys[check.asset_key], check.name, checked)
 
     return run_group
 
 
-def _materialize(
-    context: dg.AssetExecutionContext,
+def check_batch(library: Library, asset: str, check: str, media_ids: Sequence[str] | None) -> dg.AssetCheckEvaluation:
+    """One check of one asset over `media_ids` (all live items for None)."""
+    made = {ITEMS: items_check, EXPECTATIONS: expectations_check}
+    return made[check](library, asset, media_ids)
+
+
+def materialize(
+    context: dg.OpExecutionContext,
     library: Library,
     stages: list[Stage[Any, Any]],
     batch: list[MediaItem],
-    careful: bool,
+    careful: bool = False,
 ) -> None:
+    """Settle `stages` of every item of the batch, in the step of `context`, and mirror what is finished."""
     settings = one_at_a_time(library.settings) if careful else library.settings
     engine = BatchEngine(stages, library.store, library.outcomes, settings, device=device(settings))
     by_name = {stage.name: stage for stage in stages}
@@ -175,8 +178,8 @@ def _materialize(
         mirror.close()
 
 
-def _reporter(context: dg.AssetExecutionContext, library: Library) -> Callable[[Progress], None]:
-    group = context.op_execution_context.op_handle.name
+def _reporter(context: dg.OpExecutionContext, library: Library) -> Callable[[Progress], None]:
+    group = context.op_handle.name
     if library.reporter is not None:
         chosen = library.reporter
         return lambda progress: chosen(group, progress)

@@ -32,12 +32,12 @@ class Mirror:
     """Collects the finished results of one step and writes them, inputs before what was made from them."""
 
     def __init__(
-        self, context: dg.AssetExecutionContext, order: Sequence[str], provenance: Provenance, build: Build
+        self, context: dg.OpExecutionContext, order: Sequence[str], provenance: Provenance, build: Build
     ) -> None:
         self._instance = context.instance
         self._run_id = context.run.run_id
         self._job = context.job_name
-        self._step = context.op_execution_context.op_handle.name
+        self._step = context.op_handle.name
         self._order = tuple(order)
         self._provenance = provenance
         self._build = build
@@ -89,7 +89,7 @@ class Mirror:
 class BucketMirror:
     """Counts the finished results of one step and writes one materialization per asset and bucket at its end."""
 
-    def __init__(self, context: dg.AssetExecutionContext, settings: Settings, code_versions: Mapping[str, str]) -> None:
+    def __init__(self, context: dg.OpExecutionContext, settings: Settings, code_versions: Mapping[str, str]) -> None:
         self._context = context
         self._settings = settings
         self._code_versions = code_versions

@@ -148,6 +148,18 @@ class Database:
         if kept != storage:
             raise StorageMismatch(f"This database keeps the records of the files in {kept}, not of those in {storage}.")
 
+    @contextmanager
+    def exclusive(self, lock: int) -> Iterator[bool]:
+        """Hold an advisory lock of the project; whether it was free. A dead holder frees it."""
+        with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            key = (LOCK_NAMESPACE, lock)
+            free = bool(connection.execute(sa.select(sa.func.pg_try_advisory_lock(*key))).scalar())
+            try:
+                yield free
+            finally:
+                if free:
+                    connection.execute(sa.select(sa.func.pg_advisory_unlock(*key)))
+
     def close(self) -> None:
         """Close pooled connections."""
         self.engine.dispose()

@@ -82,7 +82,7 @@ class Ingestion(_Section):
     """Where uploads come from. The sensors whose source is not set skip with that reason."""
 
     folders: tuple[str, ...] = Field((), description="folders that folder_sensor watches")
-    folder_quiet_s: float = Field(5.0, ge=0, description="a file unchanged for this long counts as written, seconds")
+    folder_quiet_s: float = Field(4.0, ge=0, description="a file unchanged for this long counts as written, seconds")
     folder_hold_s: float = Field(600.0, ge=0, description="wait before many files gone at once are believed, seconds")
     queue_url: str | None = Field(None, description="SQS queue fed by S3 event notifications")
     dead_letter_url: str | None = Field(None, description="SQS queue for messages that cannot be understood")
@@ -114,11 +114,16 @@ class Planner(_Section):
     """How pending work becomes runs."""
 
     enabled: bool = Field(True, description="whether planner_sensor runs from the start; the UI can switch it too")
-    interval_s: int = Field(10, ge=1, description="pause between two ticks of planner_sensor, seconds")
+    interval_s: int = Field(5, ge=1, description="pause between two ticks of planner_sensor, seconds")
     max_in_flight: int = Field(2, ge=1, description="batches in flight per group; the rest waits in the registry")
     lookahead: int = Field(5_000, ge=1, description="unsettled items one tick looks at")
     batch_seconds: float = Field(900.0, gt=0, description="expected seconds of work at which a batch is full")
     long_s: float = Field(120.0, gt=0, description="expected seconds from which an item rides with long ones only")
+    express_s: float = Field(
+        60.0,
+        ge=0,
+        description="expected work up to which all groups share a run on an idle system, seconds; 0: never",
+    )
     max_wait_s: float = Field(60.0, ge=0, description="longest wait of an item for its batch to fill, seconds")
     price_per_hour: float = Field(0.0, ge=0, description="price of an hour of one run, in your currency, for estimates")
     lost_after_s: float = Field(600.0, gt=0, description="a requested batch without a run is given up after, seconds")

@@ -12,6 +12,7 @@ from resources.library import Library
 from resources.registry import Registered
 from resources.settings import Settings
 from sensors.folder_watch import Look, Memory, look, watched
+from sensors.intervals import every
 
 NAME = "folder_sensor"
 INTERVAL_S = 5
@@ -27,7 +28,7 @@ def build_folder_sensor(settings: Settings) -> dg.SensorDefinition:
 
     @dg.sensor(
         name=NAME,
-        minimum_interval_seconds=INTERVAL_S,
+        minimum_interval_seconds=every(INTERVAL_S),
         default_status=dg.DefaultSensorStatus.RUNNING if folders else dg.DefaultSensorStatus.STOPPED,
         description="Registers new, changed and removed files below the watched folders.",
         required_resource_keys={"media"},

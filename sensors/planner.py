@@ -5,6 +5,7 @@ from typing import Any
 
 import dagster as dg
 
+from jobs.express import EXPRESS
 from jobs.planner import Batch, Planner
 from jobs.rebuild import rebuild_request
 from media_assets.mirror import materialized_in, report
@@ -13,6 +14,7 @@ from media_assets.provenance import DATA_VERSION_TAG
 from resources.backlog import BatchRecord
 from resources.library import Library
 from resources.settings import Settings
+from sensors.intervals import every
 
 BATCH_TAG = "media/batch"
 LANE_TAG = "media/lane"
@@ -26,7 +28,7 @@ def build_planner_sensor(settings: Settings, jobs: Sequence[Any]) -> dg.SensorDe
     @dg.sensor(
         name="planner_sensor",
         jobs=list(jobs),
-        minimum_interval_seconds=settings.planner.interval_s,
+        minimum_interval_seconds=every(settings.planner.interval_s),
         default_status=dg.DefaultSensorStatus.RUNNING if settings.planner.enabled else dg.DefaultSensorStatus.STOPPED,
         description="Packs pending, stale and due uploads into batches, at most so many in flight per group.",
         required_resource_keys={"media"},
@@ -59,7 +61,7 @@ def request(batch: Batch, settings: Settings) -> dg.RunRequest:
         job_name=f"process_{batch.group}",
         run_config={"ops": {batch.group: {"config": {"keys": list(batch.keys), "careful": batch.is_careful}}}},
         tags={
-            **explicit_batch_tags(batch.keys, settings),
+            **({} if batch.group == EXPRESS else explicit_batch_tags(batch.keys, settings)),
             BATCH_TAG: str(batch.id),
             LANE_TAG: batch.lane,
             # A lost process's items come back through the planner, which then takes them one at a time.

@@ -19,9 +19,10 @@ from resources.object_versions import VersionedRegistry
 from resources.queues import Message, Queue, QueueUnavailable
 from resources.rejected import Rejected, RejectedMessages
 from resources.settings import Settings
+from sensors.intervals import every
 from sensors.s3_messages import SOURCE, Events, NotUnderstood, parse
 
-_INTERVAL_S = 10
+_INTERVAL_S = 5
 _CHUNK = 5000  # messages per transaction of the registry
 # A message that was not understood, and its deliveries.
 _Rejection: TypeAlias = tuple[Rejected, list[Message]]
@@ -227,7 +228,7 @@ def build_s3_event_sensor(settings: Settings) -> dg.SensorDefinition:
 
     @dg.sensor(
         name="s3_event_sensor",
-        minimum_interval_seconds=_INTERVAL_S,
+        minimum_interval_seconds=every(_INTERVAL_S),
         default_status=dg.DefaultSensorStatus.RUNNING if is_set else dg.DefaultSensorStatus.STOPPED,
         required_resource_keys={"media"},
         description="Registers uploads and removals that S3 tells through SQS. Requests no runs.",

@@ -10,6 +10,7 @@ import pytest
 import sqlalchemy as sa
 from dagster._core.events import StepMaterializationData
 
+from jobs.express import EXPRESS
 from jobs.planner import CAREFUL, LONG, MIXED, Costs, Planner, Tick
 from media_assets.groups import media_items
 from media_assets.versions import item_version
@@ -31,10 +32,12 @@ def register(library: Library, *names: str) -> list[str]:
     return library.registry.add([Upload(f"s3://bucket/{name}", "e", 1_000_000, now, "s3") for name in names])
 
 
-def configure(library: Library, planner: PlannerSettings | None = None, batch_items: int = 200) -> Planner:
-    """A planner over the library with these settings."""
+def configure(
+    library: Library, planner: PlannerSettings | None = None, batch_items: int = 200, express_s: float = 0.0
+) -> Planner:
+    """A planner over the library with these settings; by default every group has batches of its own."""
     engine = Engine(batch_items=batch_items, retry_base_s=30)
-    update = {"planner": planner or PlannerSettings(), "engine": engine}
+    update = {"planner": (planner or PlannerSettings()).model_copy(update={"express_s": express_s}), "engine": engine}
     library.settings = library.settings.model_copy(update=update)
     return Planner(library)
 
@@ -91,6 +94,34 @@ def test_an_upload_goes_through_the_groups_and_is_settled(library: Library) -> N
         end(library, tick)
     assert planner.tick().batches == []
     assert planner.tick().looked_at == 0
+
+
+def test_little_work_on_an_idle_system_takes_all_groups_at_once(library: Library) -> None:
+    """Given two photos and nothing in flight, then one batch takes both to the end, and what comes meanwhile waits."""
+    planner = configure(library, express_s=60)
+    keys = register(library, "a.jpg", "b.jpg")
+    tick = planner.tick()
+    assert [(batch.group, set(batch.keys)) for batch in tick.batches] == [(EXPRESS, set(keys))]
+    assert tick.batches[0].seconds == pytest.approx(6)  # of three groups
+    wanted = request(tick.batches[0], library.settings)
+    assert wanted.job_name == "process_express"
+    assert set(wanted.run_config["ops"][EXPRESS]["config"]["keys"]) == set(keys)
+    register(library, "c.jpg")
+    later = planner.tick()
+    assert later.batches == []
+    assert "1 image uploads wait" in " ".join(later.explanations)
+    for group in planner.stages:
+        make(library, planner, group, keys)
+    end(library, tick)
+    assert [(batch.group, len(batch.keys)) for batch in planner.tick().batches] == [(EXPRESS, 1)]
+
+
+@pytest.mark.parametrize("names", [["film.mp4", "film2.mp4"], [f"{n}.jpg" for n in range(21)]], ids=["long", "many"])
+def test_more_work_goes_by_groups(library: Library, names: list[str]) -> None:
+    """Given more expected work than express_s, then the groups run apart, each on its own machines."""
+    planner = configure(library, express_s=60)
+    register(library, *names)
+    assert [batch.group for batch in planner.tick().batches] == ["decode"]
 
 
 def test_scattered_retries_are_packed_full(library: Library) -> None:

@@ -1,4 +1,4 @@
-"""The health check of the run launcher: which runs are judged, and by what."""
+"""The run launcher: warm workers, and the health check: which runs are judged, and by what."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import dagster as dg
 import psutil  # type: ignore[import-untyped]
 import pytest
-from dagster._core.launcher import WorkerStatus
+from dagster._core.launcher import LaunchRunContext, WorkerStatus
 
-from jobs.run_launcher import MonitoredRunLauncher
+from jobs.run_launcher import WarmRunLauncher
 from media_assets.partitions import HOST_TAG
+from tests.toy_jobs import toy
 
 LOCAL = {".dagster/grpc_info": json.dumps({"host": "localhost", "socket": "/nowhere"})}
 HERE = {HOST_TAG: socket.gethostname()}
@@ -26,9 +28,9 @@ HERE = {HOST_TAG: socket.gethostname()}
 @pytest.fixture
 def instance(tmp_path: Path) -> Iterator[dg.DagsterInstance]:
     """An instance with the project's launcher, as dagster.yaml names it."""
-    overrides = {"run_launcher": {"module": "jobs.run_launcher", "class": "MonitoredRunLauncher"}}
+    overrides = {"run_launcher": {"module": "jobs.run_launcher", "class": "WarmRunLauncher"}}
     with dg.DagsterInstance.local_temp(str(tmp_path), overrides=overrides) as opened:
-        assert isinstance(opened.run_launcher, MonitoredRunLauncher)
+        assert isinstance(opened.run_launcher, WarmRunLauncher)
         assert opened.run_launcher.supports_check_run_worker_health
         yield opened
 
@@ -91,3 +93,92 @@ def test_what_this_machine_cannot_tell_is_left_alone(
 ) -> None:
     """Given a run of another machine, or one that only just started, then it is not called dead."""
     assert health(instance, tags, pid) is WorkerStatus.RUNNING
+
+
+class Launched:
+    """Runs of the toy job, launched as the daemon would."""
+
+    def __init__(self, instance: dg.DagsterInstance, folder: Path) -> None:
+        self.instance = instance
+        self.folder = folder
+
+    def launch(self, seconds: float = 0.0) -> str:
+        """Launch a run; returns its ID."""
+        origin = dg.reconstructable(toy).get_python_origin()
+        config = {"ops": {"note": {"config": {"folder": str(self.folder), "seconds": seconds}}}}
+        run = self.instance.create_run_for_job(toy, run_config=config, job_code_origin=origin)
+        self.instance.run_launcher.launch_run(LaunchRunContext(run, None))
+        return run.run_id
+
+    def status(self, run_id: str) -> dg.DagsterRunStatus:
+        """What the instance knows of a run."""
+        run = self.instance.get_run_by_id(run_id)
+        assert run is not None
+        return run.status
+
+    def said(self, run_id: str) -> tuple[int, int]:
+        """The process that works on the run, and how many it had: once it says so."""
+        wait(lambda: (self.folder / run_id).exists() and (self.folder / run_id).read_text())
+        pid, count = (self.folder / run_id).read_text().split()
+        return int(pid), int(count)
+
+
+def wait(ready: Callable[[], object]) -> None:
+    end = time.monotonic() + 60
+    while not ready():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def launched(instance: dg.DagsterInstance, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Launched]:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    yield Launched(instance, folder)
+    launcher = instance.run_launcher
+    assert isinstance(launcher, WarmRunLauncher)
+    processes = [worker.process for worker in launcher._workers]
+    launcher.dispose()
+    for process in processes:
+        assert process.wait(30) is not None  # a worker ends with its launcher
+
+
+def test_a_worker_takes_one_run_after_another_and_dies_alone(launched: Launched) -> None:
+    """Given runs, then one process works on them in turn; killed with -9, it takes one along and is replaced."""
+    first = launched.launch()
+    wait(lambda: launched.status(first) is dg.DagsterRunStatus.SUCCESS)
+    pid, count = launched.said(first)
+    assert count == 1
+    wait(lambda: has_ended(launched.instance))
+    second = launched.launch(seconds=60)
+    assert launched.said(second) == (pid, 2)
+    os.kill(pid, signal.SIGKILL)
+    launcher = launched.instance.run_launcher
+    run = launched.instance.get_run_by_id(second)
+    assert run is not None
+    wait(lambda: launcher.check_run_worker_health(run).status is WorkerStatus.FAILED)
+    third = launched.launch()
+    wait(lambda: launched.status(third) is dg.DagsterRunStatus.SUCCESS)
+    assert launched.said(third)[0] != pid
+
+
+def test_terminating_a_run_stops_it_and_leaves_the_worker(launched: Launched) -> None:
+    """Given a run that is terminated, then it ends as canceled and the same process takes the next."""
+    first = launched.launch(seconds=60)
+    pid, _ = launched.said(first)
+    assert launched.instance.run_launcher.terminate(first)
+    wait(lambda: launched.status(first) is dg.DagsterRunStatus.CANCELED)
+    assert not launched.instance.run_launcher.terminate(first)
+    wait(lambda: has_ended(launched.instance))
+    second = launched.launch()
+    assert launched.said(second) == (pid, 2)
+    wait(lambda: launched.status(second) is dg.DagsterRunStatus.SUCCESS)
+
+
+def has_ended(instance: dg.DagsterInstance) -> bool:
+    """Whether the only worker said that its run is over."""
+    launcher = instance.run_launcher
+    assert isinstance(launcher, WarmRunLauncher)
+    (worker,) = launcher._workers
+    return worker.look() and worker.run_id is None

@@ -1,0 +1,73 @@
+"""The express way: a small batch on an idle system goes through all groups and the rebuild in one run.
+
+Three runs after another, and a fourth for the rebuild, each wait for a tick, a slot and a process. That is right
+for throughput, where groups run on machines of their own, and wrong for the one upload somebody waits for.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import dagster as dg
+
+from media_assets.buckets import BucketBusy
+from media_assets.global_assets import SPANNING, rebuild, rebuild_seconds
+from media_assets.groups import GROUPS, check_batch, materialize, media_items
+from media_assets.partitions import Batch
+from media_assets.quality import EXPECTATIONS, ITEMS
+from resources.compute import Needs, op_tags, pool
+from resources.library import Library
+
+EXPRESS = "express"
+
+
+def build_express_job() -> dg.JobDefinition:
+    """The job of express batches."""
+    needs = Needs(
+        cpus=max(group.needs.cpus for group in GROUPS),
+        gpus=max(group.needs.gpus for group in GROUPS),
+        memory_bytes=max(group.needs.memory_bytes for group in GROUPS),
+    )
+
+    @dg.op(
+        name=EXPRESS,
+        description="All stages over a batch of media items, then the rebuild where that is quick.",
+        tags=op_tags(EXPRESS, needs),
+        pool=pool(needs),
+        out=dg.Out(dg.Nothing),
+        required_resource_keys={"media"},
+    )
+    def express(context: dg.OpExecutionContext, config: Batch) -> Iterator[Any]:
+        library: Library = context.resources.media
+        # While this run lives it may write of items that were there when it began: a purge asks for its lease.
+        with library.outcomes.lease(context.run.run_id):
+            batch = media_items(library, config.keys)
+            stages = [stage for group in GROUPS for stage in group.load(library.settings, library.models)]
+            materialize(context, library, stages, batch)
+            yield from _rebuild(context, library)
+            media_ids = [item.media_id for item in batch]
+            for stage in stages:
+                for check in (ITEMS, EXPECTATIONS):
+                    yield check_batch(library, stage.name, check, media_ids)
+        yield dg.Output(None)
+
+    @dg.job(
+        name=f"process_{EXPRESS}",
+        description="A small batch through all groups in one run: what the planner launches on an idle system.",
+        tags={"media/group": EXPRESS},
+    )
+    def process_express() -> None:
+        express()
+
+    return process_express
+
+
+def _rebuild(context: dg.OpExecutionContext, library: Library) -> Iterator[Any]:
+    """Make the batch searchable, unless that takes long or is under way: the planner sees to it then."""
+    seconds = rebuild_seconds(library)
+    if seconds is not None and seconds > library.settings.planner.express_s:
+        context.log.info(f"The last rebuild took {seconds:.0f} s: left to a run of its own.")
+        return
+    try:
+        yield from rebuild(library, SPANNING, range(library.settings.index.buckets))
+    except BucketBusy as busy:
+        context.log.info(f"{busy} The planner will see to the next one.")
