@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -23,7 +24,7 @@ from sensors.intervals import every
 from sensors.s3_messages import SOURCE, Events, NotUnderstood, parse
 
 _INTERVAL_S = 5
-_CHUNK = 5000  # messages per transaction of the registry
+_CHUNK = 500  # messages per transaction of the registry; large enough for it, small enough to overlap
 # A message that was not understood, and its deliveries.
 _Rejection: TypeAlias = tuple[Rejected, list[Message]]
 _COUNTERS = ("messages", "events", "new", "duplicates", "removed", "ignored", "rejected", "left_to_redelivery")
@@ -70,9 +71,9 @@ class Drained:
 def drain(library: Library, client: Any, instance: dg.DagsterInstance) -> Drained:
     """Take what the queue has, within the tick's budget of messages and seconds.
 
-    Per chunk: the registry commits, then partitions are added, then the messages are deleted. Dying in
-    between makes SQS deliver them again, which changes nothing but completes what was missing. Raises
-    QueueUnavailable, DatabaseUnavailable; nothing is lost then.
+    One chunk is received while the one before is dealt with. Per chunk: the registry commits, then partitions
+    are added, then the messages are deleted. Dying in between makes SQS deliver them again, which changes
+    nothing but completes what was missing. Raises QueueUnavailable, DatabaseUnavailable; nothing is lost then.
     """
     ingestion = library.settings.ingestion
     if ingestion.queue_url is None:
@@ -86,14 +87,22 @@ def drain(library: Library, client: Any, instance: dg.DagsterInstance) -> Draine
     deadline = start + _budget_s(queue.visibility_s(), ingestion.tick_budget_s, done.warnings)
     dead_letters = Queue(client, ingestion.dead_letter_url) if ingestion.dead_letter_url else None
     tick = _Tick(library, instance, queue, dead_letters, done)
-    while time.monotonic() < deadline and done.messages < ingestion.max_messages_per_tick:
-        with done.timed("receive"):
-            received = queue.receive(min(_CHUNK, ingestion.max_messages_per_tick - done.messages), deadline)
-        if received.messages:
-            with _database_errors():
-                tick.handle(received.messages)
-        if received.is_last:
-            break
+    most = ingestion.max_messages_per_tick
+    with ThreadPoolExecutor(1, thread_name_prefix="sqs-ahead") as ahead:
+        coming = ahead.submit(queue.receive, min(_CHUNK, most), deadline)
+        taken = 0
+        while True:
+            with done.timed("receive"):  # what of it is not hidden behind the chunk before
+                received = coming.result()
+            taken += len(received.messages)
+            goes_on = not received.is_last and taken < most and time.monotonic() < deadline
+            if goes_on:
+                coming = ahead.submit(queue.receive, min(_CHUNK, most - taken), deadline)
+            if received.messages:
+                with _database_errors():
+                    tick.handle(received.messages)
+            if not goes_on:
+                break
     done.backlog = queue.backlog()
     done.wall_s = time.monotonic() - start
     if tick.dead_letter_error:

@@ -452,9 +452,9 @@ def test_a_later_event_wins_over_the_listing(library: Library, s3: S3, bucket: s
 
 
 def test_the_whole_library_lives_on_s3(
-    endpoint: str, bucket: str, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    endpoint: str, bucket: str, database_url: str, model_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Given media and storage on S3, when they are processed and rebuilt, then status and SQL answer from there."""
+    """Given media and storage on S3, when they go through all models, then search, SQL and status answer from there."""
     client = s3_server.client(endpoint)
     photo, words = SAMPLES / "photos" / "cat.jpg", b"The quick brown fox jumps over the lazy dog.\n"
     client.put_object(Bucket=bucket, Key="in/cat.jpg", Body=photo.read_bytes())
@@ -466,16 +466,22 @@ def test_the_whole_library_lives_on_s3(
         "MEDIA_S3__BLOCK_BYTES": str(2**16),
     }.items():
         monkeypatch.setenv(name, value)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "models").symlink_to(model_home / "models")
     home = ["--home", str(tmp_path / "home")]
-    result = CliRunner().invoke(
-        app, ["run", f"s3://{bucket}/in", *home, "--select", "media,frames,audio,catalog", "--json"]
-    )
+    result = CliRunner().invoke(app, ["run", f"s3://{bucket}/in", *home, "--json"])
     assert result.exit_code == 0, result.output
     summary = json.loads(result.stdout)
+    assert summary["failures"] == []
     assert summary["outcomes"]["media"] == {"ok": 2}
     assert summary["outcomes"]["frames"] == {"ok": 1, "not_applicable": 1}
     names = {each["Key"] for each in client.list_objects_v2(Bucket=bucket, Prefix="derived/")["Contents"]}
     assert any(name.startswith("derived/catalog/media/bucket=") for name in names)
+    assert not (tmp_path / "home" / "derived").exists()
+    for query, wanted in (("a cat", "cat.jpg"), ("quick brown fox", "words.txt")):
+        result = CliRunner().invoke(app, ["search", query, *home, "--json"])
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["hits"][0]["uri"] == f"s3://{bucket}/in/{wanted}"
     query = "select parse_filename(uri) as file, sha256 from media order by 1"
     result = CliRunner().invoke(app, ["sql", query, *home, "--json"])
     assert result.exit_code == 0, result.output
