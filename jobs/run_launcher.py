@@ -65,7 +65,8 @@ class _Worker:
 
     def dismiss(self) -> None:
         """Let it end: at once when it is idle, else after its run."""
-        self.link.close()
+        with suppress(OSError):
+            self.link.shutdown(socket.SHUT_WR)
 
 
 class WarmRunLauncher(dg.DefaultRunLauncher):
@@ -147,7 +148,20 @@ class WarmRunLauncher(dg.DefaultRunLauncher):
             command = [sys.executable, "-m", "jobs.run_worker", "--socket", str(theirs.fileno())]
             limits = ["--idle", str(self._idle_s), "--memory", str(self._memory_bytes)]
             process = subprocess.Popen([*command, *limits], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
-        return _Worker(process, ours, code)
+        worker = _Worker(process, ours, code)
+        threading.Thread(target=self._watch, args=[worker], name=f"worker-{process.pid}", daemon=True).start()
+        return worker
+
+    def _watch(self, worker: _Worker) -> None:
+        """Wait for the worker's end, and fail the run that it took along."""
+        status = worker.process.wait()
+        with self._lock:
+            worker.look()
+        run_id = worker.run_id
+        run = self._instance.get_run_by_id(run_id) if run_id and self.has_instance else None
+        if run is not None and not run.is_finished:
+            how = f"was terminated by signal {-status}" if status < 0 else f"ended with exit code {status}"
+            self._instance.report_run_failed(run, f"The warm worker {worker.process.pid} {how} during this run.")
 
     def dispose(self) -> None:
         """Dismiss the workers; one in a run ends after it."""
@@ -178,9 +192,6 @@ class WarmRunLauncher(dg.DefaultRunLauncher):
 
     def check_run_worker_health(self, run: dg.DagsterRun) -> CheckRunHealthResult:
         """FAILED when the process that works on `run` is no more; RUNNING also where this machine cannot tell."""
-        with self._lock:
-            for worker in self._workers:
-                worker.process.poll()  # reaps it, or a dead worker would look alive
         if not _is_local(run):
             return CheckRunHealthResult(WorkerStatus.RUNNING, "Its process is on another machine.")
         started = _worker(self._instance, run.run_id)

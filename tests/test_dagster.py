@@ -356,14 +356,17 @@ def test_a_run_of_the_command_line_that_was_killed_is_found(dev: Dev, folder: Pa
     Image.open(folder / "a_photo.jpg").rotate(90).save(photo)
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("MEDIA_", "DAGSTER_"))}
     command = [sys.executable, "-m", "cli.main", "run", str(photo), "--home", str(dev.home), "--select", "media"]
+    query = """{runsOrError(filter: {tags: [{key: "media/host", value: "%s"}]}) {... on Runs {results {runId}}}}"""
+
+    def of_this_machine() -> set[str]:
+        return {run["runId"] for run in dev.graphql(query % socket.gethostname())["runsOrError"]["results"]}
+
+    before = of_this_machine()
     killed = subprocess.run(
         command, env={**environment, "MEDIA_FAULT": "engine.before_commit:kill"}, capture_output=True, text=True
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    query = """{runsOrError(filter: {tags: [{key: "media/host", value: "%s"}]}) {... on Runs {results {runId}}}}"""
-    ((run_id,),) = [
-        [run["runId"] for run in dev.graphql(query % socket.gethostname())["runsOrError"]["results"]],
-    ]
+    (run_id,) = of_this_machine() - before
     state = until(lambda: failed(dev, run_id), "run monitoring finds the dead run")
     assert any("is gone" in event.get("message", "") for event in state["eventConnection"]["events"])
     assert claimed_slots(dev, "cpu") == []
