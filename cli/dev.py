@@ -36,7 +36,9 @@ def serve(library: Library, port: int, console: Console, folders: Sequence[Path]
 
     `folders` are watched besides those of the settings.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # SIGINT as well: a shell starts background jobs with it ignored, Dagster would inherit that and never stop.
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, signal.default_int_handler)
     if not _is_free(port):
         console.print(f"Port {port} is in use. Choose another with --port.", style="red", soft_wrap=True)
         return Exit.USAGE

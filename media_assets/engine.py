@@ -431,8 +431,12 @@ class _Batch:
         self.working += 1
         self.executor.submit("work", (self._copied, task, twin), lambda: self._copy_tables(task, twin))
 
-    def _copy_tables(self, task: Task, twin: str) -> int:
-        return self.store.copy(task.stage.name, twin, task.media_id, task.stage.sides)
+    def _copy_tables(self, task: Task, twin: str) -> tuple[int, int]:
+        """Bytes and rows copied."""
+        name = task.stage.name
+        written = self.store.copy(name, twin, task.media_id, task.stage.sides)
+        record = self.outcomes.load([twin], [name]).get((twin, name))
+        return written, record.rows or 0 if record else 0
 
     def _prepare(self, task: Task) -> None:
         assert task.inputs is not None
@@ -550,7 +554,8 @@ class _Batch:
         if event.error is not None:  # the twin's file may be gone; its own work remains possible
             self.ready.append(task)
             return
-        cost = replace(self._cost(task, bytes_out=event.value), copied_from=twin)
+        written, rows = event.value
+        cost = replace(self._cost(task, rows=rows, bytes_out=written), copied_from=twin)
         self._commit(task, How.COPIED, Status.OK, task.version, cost, None)
 
     def _not_applicable(self, task: Task, reason: str) -> None:
