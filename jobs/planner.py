@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from media_assets.groups import GROUPS
+from media_assets.grouping import groups as groups_of
 from media_assets.planning import Judgement, Need, judge
 from media_assets.stage import MediaItem, Stage
 from media_assets.versions import code_version
@@ -119,7 +119,7 @@ class Planner:
         self._backlog: Backlog = library.backlog
         self.stages = {
             group.name: group.load(library.settings, library.models)
-            for group in GROUPS
+            for group in groups_of(library.settings)
             if groups is None or group.name in groups
         }
         self.plan = plan_digest(self.stages)
