@@ -27,7 +27,8 @@ from typing import Any
 import dagster as dg
 
 from cli.instance import open_instance, prepare_environment
-from media_assets.groups import Group, build_group
+from media_assets.grouping import Group
+from media_assets.groups import build_group
 from media_assets.partitions import MEDIA, add_partitions, explicit_batch_tags, range_tags
 from media_assets.quality import EXPECTATIONS, ITEMS
 from media_assets.stage import Inputs, Prepared, Product, Stage

@@ -32,14 +32,15 @@ from typing import Any
 from rich.console import Console
 
 from cli.run import Work
-from media_assets.groups import GROUPS
+from media_assets import schemas
+from media_assets.grouping import groups
 from media_assets.stage import Inputs, MediaItem, Memo, Stage, Unit
 from resources.errors import Failure, MediaError, NotApplicable
 from resources.library import Library
 from resources.registry import Upload, discover
 
 PROJECT = Path(__file__).parents[1]
-PARTS = tuple(stage.partition(":")[0] for group in GROUPS for stage in group.stages)
+PARTS = tuple(schemas.PER_MEDIA)
 
 
 class PlainLoop:
@@ -48,7 +49,7 @@ class PlainLoop:
     def __init__(self, library: Library) -> None:
         self.library = library
         self.stages: list[Stage[Any, Any]] = [
-            stage for group in GROUPS for stage in group.load(library.settings, library.models)
+            stage for group in groups(library.settings) for stage in group.load(library.settings, library.models)
         ]
         self.selected = frozenset(stage.name for stage in self.stages)
 

@@ -41,9 +41,9 @@ def show_dead_letters(library: Library, chosen: Chosen, again: bool, examples: i
 
 
 def _stages(library: Library) -> list[Any]:
-    from media_assets.groups import GROUPS
+    from media_assets.grouping import groups
 
-    return [stage for group in GROUPS for stage in group.load(library.settings, library.models)]
+    return [stage for group in groups(library.settings) for stage in group.load(library.settings, library.models)]
 
 
 def _replayed(count: int) -> str:

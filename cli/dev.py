@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from cli.exit_codes import Exit
-from cli.instance import PROJECT, prepare_environment
+from cli.instance import PROJECT, limit_pools, prepare_environment
 from resources.errors import printable
 from resources.library import Library
 from resources.registry import uri_of
@@ -49,6 +49,7 @@ def serve(library: Library, port: int, console: Console, folders: Sequence[Path]
                 console.print("Another `media-assets dev` runs on this home. Use its UI, or stop it.", style="red")
                 return Exit.USAGE
             folder = prepare_environment(library)
+            limit_pools(library)
             _watch(library, folders, console)
             console.print(
                 f"Dagster UI: http://{HOST}:{port} once it says “Serving” below; Ctrl-C stops everything.",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jobs.executors import instance_file, pool_limits
 from resources.library import Library
 from resources.settings import HOME_VARIABLE
 
@@ -24,7 +26,7 @@ def prepare_environment(library: Library, database_url: str | None = None) -> Pa
     """
     folder = library.settings.home / "dagster"
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(PROJECT / "dagster.yaml", folder / "dagster.yaml")
+    shutil.copyfile(instance_file(library.settings), folder / "dagster.yaml")
     os.environ["DAGSTER_HOME"] = str(folder)
     os.environ["MEDIA_DATABASE_URL"] = database_url or library.database.url
     os.environ[HOME_VARIABLE] = str(library.settings.home)
@@ -40,4 +42,19 @@ def open_instance(library: Library) -> DagsterInstance:
 
     instance = DagsterInstance.from_config(str(prepare_environment(library)))
     instance.optimize_for_webserver(statement_timeout=0, pool_recycle=_POOL_RECYCLE_S, max_overflow=4)
+    _limit(instance, pool_limits(library.settings))
     return instance
+
+
+def limit_pools(library: Library) -> None:
+    """Let as many runs into the pools of GPU work as this machine has devices for; nothing to do where it has none."""
+    if limits := pool_limits(library.settings):
+        from dagster import DagsterInstance
+
+        with DagsterInstance.from_config(str(prepare_environment(library))) as instance:
+            _limit(instance, limits)
+
+
+def _limit(instance: DagsterInstance, limits: Mapping[str, int]) -> None:
+    for name, limit in limits.items():
+        instance.event_log_storage.set_concurrency_slots(name, limit)

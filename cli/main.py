@@ -409,9 +409,12 @@ _FAMILIES: dict[str, Exit] = {
     "schema_outdated": Exit.DATABASE,
     "schema_newer": Exit.DATABASE,
     "model_unavailable": Exit.MODEL,
+    "device_unavailable": Exit.MODEL,
     "bad_query": Exit.QUERY,
     "bad_search": Exit.QUERY,
     "bad_policy": Exit.SETTINGS,
+    "bad_needs": Exit.SETTINGS,
+    "executor_unavailable": Exit.SETTINGS,
 }
 
 

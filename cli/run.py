@@ -85,15 +85,16 @@ class Work:
     # -- processing -----------------------------------------------------------------------------------
 
     def _process(self, items: Sequence[MediaItem]) -> None:
-        from media_assets.groups import GROUPS
+        from media_assets.grouping import groups
         from media_assets.partitions import add_partitions, explicit_batch_tags
         from media_assets.planning import pending
 
         settings, models = self.library.settings, self.library.models
-        stages = {group.name: self._selected(group.load(settings, models)) for group in GROUPS}
+        chosen = groups(settings)
+        stages = {group.name: self._selected(group.load(settings, models)) for group in chosen}
         ids = [item.media_id for item in items]
         registered = False
-        for group in GROUPS:
+        for group in chosen:
             if not stages[group.name]:
                 continue
             waiting = pending(items, stages[group.name], self.library.outcomes.load(ids))

@@ -11,28 +11,28 @@ import dagster as dg
 
 from media_assets.buckets import BucketBusy
 from media_assets.global_assets import SPANNING, rebuild, rebuild_seconds
-from media_assets.groups import GROUPS, check_batch, materialize, media_items
+from media_assets.grouping import groups
+from media_assets.groups import check_batch, materialize, media_items
 from media_assets.partitions import Batch
+from media_assets.processor import processor
 from media_assets.quality import EXPECTATIONS, ITEMS
-from resources.compute import Needs, op_tags, pool
+from resources.compute import Needs, op_tags, run_tags
 from resources.library import Library
+from resources.settings import Settings
 
 EXPRESS = "express"
 
 
-def build_express_job() -> dg.JobDefinition:
+def build_express_job(settings: Settings) -> dg.JobDefinition:
     """The job of express batches."""
-    needs = Needs(
-        cpus=max(group.needs.cpus for group in GROUPS),
-        gpus=max(group.needs.gpus for group in GROUPS),
-        memory_bytes=max(group.needs.memory_bytes for group in GROUPS),
-    )
+    needs = _needs(settings)
+    tags = op_tags(EXPRESS, needs, settings.compute)
 
     @dg.op(
         name=EXPRESS,
         description="All stages over a batch of media items, then the rebuild where that is quick.",
-        tags=op_tags(EXPRESS, needs),
-        pool=pool(needs),
+        tags=tags,
+        pool=needs.pool_name,
         out=dg.Out(dg.Nothing),
         required_resource_keys={"media"},
     )
@@ -41,8 +41,11 @@ def build_express_job() -> dg.JobDefinition:
         # While this run lives it may write of items that were there when it began: a purge asks for its lease.
         with library.outcomes.lease(context.run.run_id):
             batch = media_items(library, config.keys)
-            stages = [stage for group in GROUPS for stage in group.load(library.settings, library.models)]
-            materialize(context, library, stages, batch)
+            stages = [
+                stage for group in groups(library.settings) for stage in group.load(library.settings, library.models)
+            ]
+            with processor(needs, library, context.log.info) as device:
+                materialize(context, library, stages, batch, device)
             yield from _rebuild(context, library)
             media_ids = [item.media_id for item in batch]
             for stage in stages:
@@ -53,12 +56,24 @@ def build_express_job() -> dg.JobDefinition:
     @dg.job(
         name=f"process_{EXPRESS}",
         description="A small batch through all groups in one run: what the planner launches on an idle system.",
-        tags={"media/group": EXPRESS},
+        tags=run_tags(tags, settings.compute.executor),
     )
     def process_express() -> None:
         express()
 
     return process_express
+
+
+def _needs(settings: Settings) -> Needs:
+    """The most that any group asks for."""
+    every = [group.needs for group in groups(settings)]
+    return Needs(
+        cpus=max(needs.cpus for needs in every),
+        gpus=max(needs.gpus for needs in every),
+        memory_bytes=max(needs.memory_bytes for needs in every),
+        gpu_memory_bytes=max(needs.gpu_memory_bytes for needs in every),
+        gpu_required=any(needs.gpu_required for needs in every),
+    )
 
 
 def _rebuild(context: dg.OpExecutionContext, library: Library) -> Iterator[Any]:

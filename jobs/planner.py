@@ -17,7 +17,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from jobs.express import EXPRESS
-from media_assets.groups import GROUPS
+from media_assets.grouping import groups as groups_of
 from media_assets.planning import Judgement, Need, judge
 from media_assets.stage import MediaItem, Stage
 from media_assets.versions import code_version
@@ -121,7 +121,7 @@ class Planner:
         self._backlog: Backlog = library.backlog
         self.stages = {
             group.name: group.load(library.settings, library.models)
-            for group in GROUPS
+            for group in groups_of(library.settings)
             if groups is None or group.name in groups
         }
         self._takes_all = groups is None

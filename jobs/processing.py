@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import dagster as dg
 
-from media_assets.groups import GROUPS
+from media_assets.grouping import groups
+from resources.compute import op_tags, run_tags
+from resources.settings import Settings
 
 
-def _job(name: str) -> dg.UnresolvedAssetJobDefinition:
-    return dg.define_asset_job(
-        name=f"process_{name}",
-        selection=dg.AssetSelection.groups(name),
-        description=f"The {name} group over a batch of media items, given by partitions or by `keys` in its config.",
-        tags={"media/group": name},
-    )
-
-
-processing_jobs = [_job(group.name) for group in GROUPS]
+def build_processing_jobs(settings: Settings) -> list[dg.UnresolvedAssetJobDefinition]:
+    """The jobs, in topological order; their runs carry what launchers read of a run's needs."""
+    compute = settings.compute
+    return [
+        dg.define_asset_job(
+            name=f"process_{group.name}",
+            selection=dg.AssetSelection.groups(group.name),
+            description=f"The {group.name} group over a batch of media items, given by partitions or by `keys` in its"
+            " config.",
+            tags=run_tags(op_tags(group.name, group.needs, compute), compute.executor),
+        )
+        for group in groups(settings)
+    ]

@@ -5,15 +5,25 @@ from __future__ import annotations
 import dagster as dg
 
 from media_assets.buckets import key
-from media_assets.global_assets import library_changed
+from media_assets.global_assets import library_changed, needs_of_rebuild
+from media_assets.grouping import LIBRARY
 from media_assets.partitions import range_tags
+from resources.compute import op_tags, run_tags
 from resources.library import Library
+from resources.settings import Settings
 
-rebuild_job = dg.define_asset_job(
-    name="rebuild",
-    selection=dg.AssetSelection.groups("library"),
-    description="Compacts changed buckets, rebuilds and swaps their index shards, and regroups near-duplicates.",
-)
+REBUILD = "rebuild"
+
+
+def build_rebuild_job(settings: Settings) -> dg.UnresolvedAssetJobDefinition:
+    """The job; its runs carry what launchers read of a run's needs."""
+    compute = settings.compute
+    return dg.define_asset_job(
+        name=REBUILD,
+        selection=dg.AssetSelection.groups(LIBRARY),
+        description="Compacts changed buckets, rebuilds and swaps their index shards, and regroups near-duplicates.",
+        tags=run_tags(op_tags(LIBRARY, needs_of_rebuild(settings), compute), compute.executor),
+    )
 
 
 def rebuild_request(library: Library) -> dg.RunRequest | None:
@@ -23,15 +33,15 @@ def rebuild_request(library: Library) -> dg.RunRequest | None:
     # One run per state of the library: while it is on its way, and should it fail, the schedule sees to the next.
     mark = library.outcomes.library_mark()
     tags = range_tags(key(0), key(library.settings.index.buckets - 1))
-    return dg.RunRequest(run_key=f"rebuild-{mark}", job_name=rebuild_job.name, tags=tags)
+    return dg.RunRequest(run_key=f"rebuild-{mark}", job_name=REBUILD, tags=tags)
 
 
-def build_rebuild_schedule(buckets: int) -> dg.ScheduleDefinition:
+def build_rebuild_schedule(job: dg.UnresolvedAssetJobDefinition, buckets: int) -> dg.ScheduleDefinition:
     """The schedule that rebuilds all `buckets`; unchanged ones cost a look at their manifest."""
 
     @dg.schedule(
         name="rebuild_every_15_minutes",
-        job=rebuild_job,
+        job=job,
         cron_schedule="*/15 * * * *",
         default_status=dg.DefaultScheduleStatus.RUNNING,
         description="Rebuilds what spans items when anything came, went or changed.",

@@ -12,11 +12,13 @@ warnings.filterwarnings("ignore", category=dg.BetaWarning)
 warnings.filterwarnings("ignore", category=dg.PreviewWarning)
 
 from evals.assets import eval_assets, eval_checks  # noqa: E402
+from jobs.executors import executor  # noqa: E402
 from jobs.express import build_express_job  # noqa: E402
-from jobs.processing import processing_jobs  # noqa: E402
-from jobs.rebuild import build_rebuild_schedule, rebuild_job  # noqa: E402
+from jobs.processing import build_processing_jobs  # noqa: E402
+from jobs.rebuild import build_rebuild_job, build_rebuild_schedule  # noqa: E402
 from media_assets.global_assets import build_global_assets  # noqa: E402
-from media_assets.groups import GROUPS, build_group  # noqa: E402
+from media_assets.grouping import groups  # noqa: E402
+from media_assets.groups import build_group  # noqa: E402
 from resources.library import Library  # noqa: E402
 from sensors.alerts import build_alert_sensor  # noqa: E402
 from sensors.folder import build_folder_sensor  # noqa: E402
@@ -35,17 +37,18 @@ uploads = dg.AssetSpec(
 def build(library: Library) -> dg.Definitions:
     """All definitions of one library; its database is opened only when a run needs it."""
     settings, models = library.settings, library.models
-    jobs = [*processing_jobs, build_express_job(), rebuild_job]
+    rebuild_job = build_rebuild_job(settings)
+    jobs = [*build_processing_jobs(settings), build_express_job(settings), rebuild_job]
     return dg.Definitions(
         assets=[
             uploads,
-            *(build_group(group, settings, models) for group in GROUPS),
+            *(build_group(group, settings, models) for group in groups(settings)),
             *build_global_assets(settings),
             *eval_assets,
         ],
         asset_checks=eval_checks,
         jobs=jobs,
-        schedules=[build_rebuild_schedule(settings.index.buckets)],
+        schedules=[build_rebuild_schedule(rebuild_job, settings.index.buckets)],
         sensors=[
             build_alert_sensor(settings),
             build_folder_sensor(settings),
@@ -54,7 +57,7 @@ def build(library: Library) -> dg.Definitions:
             build_planner_sensor(settings, jobs),
         ],
         resources={"media": dg.ResourceDefinition(lambda _: library)},
-        executor=dg.in_process_executor,
+        executor=executor(settings),
     )
 
 

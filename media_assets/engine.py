@@ -202,7 +202,7 @@ class Flight:
 
 
 class BatchEngine:
-    """Runs a group's stages over a batch of media items."""
+    """Runs a group's stages over a batch of media items, on a `device` whose memory holds `scale` micro-batches."""
 
     def __init__(
         self,
@@ -212,6 +212,7 @@ class BatchEngine:
         settings: Settings,
         executor: Callable[[], Executor] | None = None,
         device: str = "cpu",
+        scale: int = 1,
     ) -> None:
         self._stages = tuple(stages)
         self._store = store
@@ -219,6 +220,7 @@ class BatchEngine:
         self._settings = settings.engine
         self._executor = executor or (lambda: Threads(self._settings.prepare_threads))
         self._device = device
+        self._scale = scale
 
     def run(
         self,
@@ -266,7 +268,7 @@ class _Batch:
         self.flights: dict[str, Flight] = {}
         self.ready: deque[Task] = deque()
         self.queued: dict[str, deque[tuple[Task, Unit[Any]]]] = {stage.name: deque() for stage in self.stages}
-        self.caps = {stage.name: stage.micro_batch for stage in self.stages}
+        self.caps = {stage.name: stage.micro_batch * engine._scale for stage in self.stages}
         self.loaded: dict[str, Failure | None] = {}
         self.leaders: dict[tuple[str, str], tuple[Task, list[Task]]] = {}
         self.claimed: dict[tuple[str, str], Claim] = {}

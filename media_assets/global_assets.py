@@ -8,12 +8,12 @@ from typing import Any
 import dagster as dg
 
 from media_assets import schemas
-from resources.compute import Needs, op_tags, pool
+from media_assets.grouping import LIBRARY
+from resources.compute import Needs, op_tags, stated
 from resources.library import Library
 from resources.outcomes import LIVE
 from resources.settings import Settings
 
-GROUP = "library"
 OWNERS = ["team:ml-platform"]
 RECALL = "recall"
 REBUILT = "rebuilt.digest"
@@ -22,7 +22,6 @@ REBUILD_SECONDS = "rebuild_seconds"
 REBUILD_LOCK = -2
 """Advisory lock of whoever rebuilds; folders of buckets are locked besides, against other databases."""
 SPANNING = frozenset({"catalog", "index_shard", "near_duplicates"})
-_NEEDS = Needs(cpus=2)
 
 
 def live_versions(library: Library) -> dict[str, dict[str, str]]:
@@ -90,10 +89,16 @@ def library_changed(library: Library) -> bool:
     return False
 
 
+def needs_of_rebuild(settings: Settings) -> Needs:
+    """What the step that makes the spanning assets asks for."""
+    return stated(settings.compute, LIBRARY, Needs(cpus=2))
+
+
 def build_global_assets(settings: Settings) -> list[dg.AssetsDefinition]:
     """The bucket assets and `near_duplicates` of one installation."""
     keys = [f"{bucket:03d}" for bucket in range(settings.index.buckets)]
     buckets = dg.StaticPartitionsDefinition(keys)
+    needs = needs_of_rebuild(settings)
 
     @dg.multi_asset(
         name="rebuild_buckets",
@@ -102,7 +107,7 @@ def build_global_assets(settings: Settings) -> list[dg.AssetsDefinition]:
                 "catalog",
                 deps=list(schemas.PER_MEDIA),
                 skippable=True,
-                group_name=GROUP,
+                group_name=LIBRARY,
                 kinds={"parquet", "duckdb"},
                 owners=OWNERS,
                 description="Per-media tables compacted into one Parquet file per asset and bucket.",
@@ -112,7 +117,7 @@ def build_global_assets(settings: Settings) -> list[dg.AssetsDefinition]:
                 "index_shard",
                 deps=["embeddings"],
                 skippable=True,
-                group_name=GROUP,
+                group_name=LIBRARY,
                 kinds={"faiss"},
                 owners=OWNERS,
                 description="One FAISS shard per bucket and vector space, built aside, checked for recall, swapped in.",
@@ -122,7 +127,7 @@ def build_global_assets(settings: Settings) -> list[dg.AssetsDefinition]:
                 "near_duplicates",
                 deps=["media", "frames", "embeddings", "audio", "index_shard"],
                 skippable=True,
-                group_name=GROUP,
+                group_name=LIBRARY,
                 kinds={"parquet"},
                 owners=OWNERS,
                 description="Groups of exact, perceptual and semantic duplicates with their evidence.",
@@ -132,8 +137,8 @@ def build_global_assets(settings: Settings) -> list[dg.AssetsDefinition]:
         check_specs=[dg.AssetCheckSpec(RECALL, asset="index_shard", description="Recall@10 against exact search.")],
         can_subset=True,
         backfill_policy=dg.BackfillPolicy.single_run(),
-        op_tags=op_tags(GROUP, _NEEDS),
-        pool=pool(_NEEDS),
+        op_tags=op_tags(LIBRARY, needs, settings.compute),
+        pool=needs.pool_name,
         required_resource_keys={"media"},
     )
     def rebuild_buckets(context: dg.AssetExecutionContext) -> Iterator[Any]:

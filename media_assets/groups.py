@@ -1,4 +1,4 @@
-"""The three groups of stages, each one Dagster multi-asset: decode (CPU), analyse (GPU) and label (CPU).
+"""The Dagster assets of the groups of stages: each group is one multi-asset.
 
 A group's step writes an `AssetMaterialization` per finished item and then succeeds: bad items are simply
 not materialized, so a backfill shows exactly those as failed, and its neighbours are not lost.
@@ -7,20 +7,20 @@ not materialized, so a backfill shows exactly those as failed, and its neighbour
 import base64
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import dagster as dg
 
 from media_assets.engine import BatchEngine, How, Progress, Result
+from media_assets.grouping import Group
 from media_assets.mirror import BucketMirror, Mirror
 from media_assets.partitions import Batch, batch_keys, partition_of, partitions_of
+from media_assets.processor import Processor, processor
 from media_assets.provenance import SOURCE, Provenance
 from media_assets.quality import EXPECTATIONS, ITEMS, expectations_check, items_check
 from media_assets.stage import MediaItem, Stage
 from media_assets.versions import code_version
-from resources.compute import Needs, device, op_tags, pool
+from resources.compute import op_tags
 from resources.library import Library
 from resources.models.registry import ModelRegistry
 from resources.settings import Settings
@@ -28,38 +28,6 @@ from resources.settings import Settings
 OWNERS = ["team:ml-platform", "team:trust-and-safety"]
 _LOG_EVERY_S = 10.0
 
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Stages that share a step, a process and a kind of machine."""
-
-    name: str
-    stages: tuple[str, ...]
-    needs: Needs
-    backfill_items: int
-
-    def load(self, settings: Settings, models: ModelRegistry) -> list[Stage[Any, Any]]:
-        """The group's stages, ready for use, in topological order."""
-        return [_stage_class(path)(settings, models) for path in self.stages]
-
-
-# Different backfill sizes make Dagster run the groups as separate runs, each on its own machines.
-GROUPS = (
-    Group("decode", ("media:Media", "frames:Frames", "audio:Audio"), Needs(cpus=2), 100),
-    Group(
-        "analyse",
-        (
-            "shots:Shots",
-            "transcript:Transcript",
-            "ocr_text:OcrText",
-            "embeddings:Embeddings",
-            "moderation_scores:ModerationScores",
-        ),
-        Needs(cpus=2, gpus=1),
-        200,
-    ),
-    Group("label", ("moderation_labels:ModerationLabels",), Needs(cpus=1), 1000),
-)
 
 KINDS = {
     "media": {"ffmpeg", "parquet"},
@@ -72,12 +40,6 @@ KINDS = {
     "moderation_scores": {"pytorch", "parquet"},
     "moderation_labels": {"python", "parquet"},
 }
-
-
-def _stage_class(path: str) -> type[Stage[Any, Any]]:
-    module, name = path.split(":")
-    found: type[Stage[Any, Any]] = getattr(import_module(f"media_assets.{module}"), name)
-    return found
 
 
 def one_at_a_time(settings: Settings) -> Settings:
@@ -114,8 +76,8 @@ def build_group(group: Group, settings: Settings, models: ModelRegistry) -> dg.A
         can_subset=True,
         partitions_def=partitions_of(settings),
         backfill_policy=dg.BackfillPolicy.multi_run(group.backfill_items),
-        op_tags=op_tags(group.name, group.needs),
-        pool=pool(group.needs),
+        op_tags=op_tags(group.name, group.needs, settings.compute),
+        pool=group.needs.pool_name,
         required_resource_keys={"media"},
     )
     def run_group(context: dg.AssetExecutionContext, config: Batch) -> Iterator[Any]:
@@ -129,7 +91,8 @@ def build_group(group: Group, settings: Settings, models: ModelRegistry) -> dg.A
             checked = [item.media_id for item in batch] if chosen else None
             selected = [stage for stage in group.load(library.settings, library.models) if stage.name in wanted]
             if selected:
-                materialize(context.op_execution_context, library, selected, batch, config.careful)
+                with processor(group.needs, library, context.log.info) as device:
+                    materialize(context.op_execution_context, library, selected, batch, device, config.careful)
             for check in context.selected_asset_check_keys:
                 yield check_batch(library, keys[check.asset_key], check.name, checked)
 
@@ -147,11 +110,12 @@ def materialize(
     library: Library,
     stages: list[Stage[Any, Any]],
     batch: list[MediaItem],
+    device: Processor,
     careful: bool = False,
 ) -> None:
     """Settle `stages` of every item of the batch, in the step of `context`, and mirror what is finished."""
     settings = one_at_a_time(library.settings) if careful else library.settings
-    engine = BatchEngine(stages, library.store, library.outcomes, settings, device=device(settings))
+    engine = BatchEngine(stages, library.store, library.outcomes, settings, device=device.name, scale=device.scale)
     by_name = {stage.name: stage for stage in stages}
     mirror: Mirror | BucketMirror
     if settings.partitions == "media":

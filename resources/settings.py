@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Literal, Self
 from urllib.parse import urlsplit
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, m
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 HOME_VARIABLE = "MEDIA_HOME"
+_NAME = r"^[a-z][a-z0-9_]*$"
 
 
 class _Section(BaseModel):
@@ -129,6 +131,44 @@ class Planner(_Section):
     lost_after_s: float = Field(600.0, gt=0, description="a requested batch without a run is given up after, seconds")
 
 
+class GroupNeeds(_Section):
+    """What the steps of one group ask for, where it differs from what the group states itself."""
+
+    stages: tuple[str, ...] = Field((), description="assets split off from their group into this new one")
+    cpus: float | None = Field(None, gt=0, description="CPU cores")
+    gpus: float | None = Field(None, ge=0, description="GPUs: a whole number, or a fraction of one")
+    memory_bytes: int | None = Field(None, ge=2**20, description="memory, bytes")
+    gpu_memory_bytes: int | None = Field(None, ge=0, description="memory of each GPU, bytes; 0: whatever it has")
+    gpu_required: bool | None = Field(None, description="whether a run without a GPU is refused, not run on the CPU")
+    pool: str | None = Field(None, pattern=_NAME, description="concurrency pool; default: gpu with GPUs, else cpu")
+
+    @field_validator("gpus")
+    @classmethod
+    def _whole_or_part(cls, gpus: float | None) -> float | None:
+        if gpus is not None and gpus > 1 and gpus != int(gpus):
+            raise ValueError("must be a fraction of one GPU or a whole number of them")
+        return gpus
+
+
+class Compute(_Section):
+    """Where runs are executed, and what their groups ask for."""
+
+    executor: Literal["local", "ray", "ecs", "k8s"] = Field("local", description="what executes runs")
+    groups: dict[str, GroupNeeds] = Field({}, description="needs by group; a name that is new splits stages off")
+    ecs_gpu_task_definition: str = Field("media-assets-gpu", description="ECS task definition of runs with a GPU")
+    ecs_gpu_capacity_provider: str = Field("media-assets-gpu", description="ECS capacity provider of runs with a GPU")
+    k8s_gpu_node_selector: dict[str, str] = Field(
+        {"nvidia.com/gpu.present": "true"}, description="labels of the Kubernetes nodes that have GPUs"
+    )
+
+    @field_validator("groups")
+    @classmethod
+    def _named(cls, groups: dict[str, GroupNeeds]) -> dict[str, GroupNeeds]:
+        if wrong := [name for name in groups if not re.fullmatch(_NAME, name)]:
+            raise ValueError(f"a group is called by a-z, 0-9 and _, not {wrong[0]!r}")
+        return groups
+
+
 class Alerts(_Section):
     """Where failures are posted."""
 
@@ -180,6 +220,7 @@ class Settings(BaseSettings):
     ingestion: Ingestion = Ingestion()
     planner: Planner = Planner()
     alerts: Alerts = Alerts()
+    compute: Compute = Compute()
 
     @classmethod
     def settings_customise_sources(
@@ -207,4 +248,6 @@ class Settings(BaseSettings):
         queue = self.ingestion.queue_url
         if queue is not None and queue == self.ingestion.dead_letter_url:
             raise ValueError("ingestion.dead_letter_url must name another queue than ingestion.queue_url")
+        if self.profile == "offline" and any(needs.gpu_required for needs in self.compute.groups.values()):
+            raise ValueError('gpu_required contradicts profile = "offline", whose models run on the CPU')
         return self

@@ -23,7 +23,8 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 from PIL import Image
 
-from media_assets.groups import GROUPS, build_group
+from media_assets.grouping import groups
+from media_assets.groups import build_group
 from media_assets.partitions import add_partitions, explicit_batch_tags, partition_of, range_tags
 from media_assets.versions import code_version
 from resources.library import Library
@@ -31,6 +32,7 @@ from resources.registry import Upload, discover
 from resources.settings import Settings
 
 T = TypeVar("T")
+GROUPS = groups(Settings(home=Path("nowhere")))
 DECODE = GROUPS[0]
 DECODED = ("media", "frames", "audio")
 DEADLINE_S = 300.0

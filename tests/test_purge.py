@@ -30,7 +30,8 @@ from cli.run import Work
 from cli.searching import open_views
 from evals.result import EvalResult
 from media_assets import schemas
-from media_assets.groups import GROUPS, build_group
+from media_assets.grouping import groups
+from media_assets.groups import build_group
 from media_assets.partitions import MEDIA, add_partitions, explicit_batch_tags
 from resources.library import Library
 from resources.records import purges
@@ -130,13 +131,14 @@ def home(server_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 def decode(library: Library, instance: dg.DagsterInstance, ids: list[str]) -> None:
     """Run the decode group without its checks."""
+    group = groups(library.settings)[0]
     job = dg.Definitions(
-        assets=[build_group(GROUPS[0], library.settings, library.models)],
+        assets=[build_group(group, library.settings, library.models)],
         jobs=[dg.define_asset_job("decode_job", dg.AssetSelection.assets(*DECODE).without_checks())],
         resources={"media": dg.ResourceDefinition(lambda _: library)},
     ).resolve_job_def("decode_job")
     add_partitions(instance, library.settings, ids)
-    config = {"ops": {GROUPS[0].name: {"config": {"keys": ids}}}}
+    config = {"ops": {group.name: {"config": {"keys": ids}}}}
     job.execute_in_process(instance=instance, run_config=config, tags=explicit_batch_tags(ids, library.settings))
 
 
