@@ -18,6 +18,7 @@ from media_assets.mirror import BucketMirror, Mirror
 from media_assets.partitions import Batch, batch_keys, partition_of, partitions_of
 from media_assets.provenance import SOURCE, Provenance
 from media_assets.quality import EXPECTATIONS, ITEMS, expectations_check, items_check
+from media_assets.remote import served
 from media_assets.stage import MediaItem, Stage
 from media_assets.versions import code_version
 from resources.compute import Needs, device, op_tags, pool
@@ -148,7 +149,7 @@ def _materialize(
     careful: bool,
 ) -> None:
     settings = one_at_a_time(library.settings) if careful else library.settings
-    engine = BatchEngine(stages, library.store, library.outcomes, settings, device=device(settings))
+    engine = BatchEngine(served(stages, settings), library.store, library.outcomes, settings, device=device(settings))
     by_name = {stage.name: stage for stage in stages}
     mirror: Mirror | BucketMirror
     if settings.partitions == "media":
