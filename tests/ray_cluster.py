@@ -54,12 +54,8 @@ def ray_cluster(*nodes: tuple[float, float], dashboard: bool = False) -> Iterato
 
     # Paths of sockets are short.
     folder = tempfile.mkdtemp(prefix="ray-")
-    before = dict(os.environ)
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        stack.callback(_restore, before)
-        os.environ.update(ENVIRONMENT)
-        os.environ.pop("RAY_ADDRESS", None)
         ports = _free_ports(len(nodes) + 2)
         head = {
             "num_cpus": 0,
@@ -70,26 +66,35 @@ def ray_cluster(*nodes: tuple[float, float], dashboard: bool = False) -> Iterato
             "object_store_memory": STORE_BYTES,
             "temp_dir": folder,
         }
-        raylets = Raylets(initialize_head=True, head_node_args=head)
-        stack.callback(raylets.shutdown)
-        stack.callback(ray.shutdown)
-        started = [
-            raylets.add_node(
-                wait=False,
-                num_cpus=cpus,
-                num_gpus=gpus,
-                dashboard_agent_listen_port=port,
-                object_store_memory=STORE_BYTES,
-            )
-            for port, (cpus, gpus) in zip(ports[2:], nodes, strict=False)
-        ]
+        with _environment():
+            raylets = Raylets(initialize_head=True, head_node_args=head)
+            stack.callback(raylets.shutdown)
+            stack.callback(ray.shutdown)
+            started = [
+                raylets.add_node(
+                    wait=False,
+                    num_cpus=cpus,
+                    num_gpus=gpus,
+                    dashboard_agent_listen_port=port,
+                    object_store_memory=STORE_BYTES,
+                )
+                for port, (cpus, gpus) in zip(ports[2:], nodes, strict=True)
+            ]
         raylets.wait_for_nodes()
         yield Cluster(raylets.address, f"http://127.0.0.1:{ports[0]}", started)
 
 
-def _restore(environment: dict[str, str]) -> None:
-    os.environ.clear()
-    os.environ.update(environment)
+@contextmanager
+def _environment() -> Iterator[None]:
+    """What the processes of the cluster inherit."""
+    before = dict(os.environ)
+    os.environ.update(ENVIRONMENT)
+    os.environ.pop("RAY_ADDRESS", None)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _free_ports(count: int) -> list[int]:
