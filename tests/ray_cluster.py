@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil  # type: ignore[import-untyped]
 
 PROJECT = Path(__file__).parents[1]
 STORE_BYTES = 100 * 2**20
@@ -38,9 +39,15 @@ class Cluster:
     nodes: Sequence[Any]
 
     def kill(self, number: int) -> None:
-        """Kill a node's raylet with SIGKILL; its workers die with it."""
+        """Kill all processes of a node with SIGKILL: its raylet, its workers and the jobs they started.
+
+        A job would outlive its raylet alone, which a machine that fails does not allow.
+        """
         (info,) = self.nodes[number].all_processes["raylet"]
-        os.kill(info.process.pid, signal.SIGKILL)
+        raylet = psutil.Process(info.process.pid)
+        for process in (raylet, *raylet.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 @contextmanager
