@@ -26,7 +26,7 @@ from resources.models.registry import ModelRegistry
 from resources.outcomes import OutcomeStore
 from resources.ray_cluster import ClusterUnavailable, namespace
 from resources.serving import ServedModel, ServerDied
-from resources.settings import Engine, Ray, Serving, Settings
+from resources.settings import Alerts, Engine, Ray, Serving, Settings
 from resources.storage import DerivedStore
 from tests.ray_cluster import Cluster
 from tests.served_stages import Greedy, Newer, Obedient, Order, Other, ServedNumbers
@@ -227,6 +227,19 @@ def run(settings: Settings, database: Database, root: Path) -> list[Any]:
     stage: Any = Served(ServedNumbers(settings, ModelRegistry(settings)), settings)
     engine = BatchEngine([stage], DerivedStore(root / "derived"), OutcomeStore(database, settings.engine), settings)
     return list(engine.run([MediaItem(name, f"/media/{name}", "1") for name in ("a", "b", "c")], "run"))
+
+
+def test_passwords_stay_with_the_caller(tmp_path: Path) -> None:
+    """Given a database and a webhook with secrets in their URLs, then what goes to the cluster holds neither."""
+    alerts = Alerts.model_validate({"webhook_url": "https://hooks.example/secret-of-hook"})
+    settings = Settings(home=tmp_path, database_url="postgresql+psycopg2://u:secret-of-database@h/d", alerts=alerts)
+    assert b"secret-of" not in recipe(Obedient(settings, ModelRegistry(settings)), settings).pickled
+
+
+def test_profile_gpu_needs_a_share_of_a_gpu(tmp_path: Path) -> None:
+    """Given models for CUDA and servers without a GPU, then the settings are refused: Ray would hide the devices."""
+    with pytest.raises(ValueError, match=r"serving\.gpus must be above 0"):
+        Settings(home=tmp_path, profile="gpu", serving=Serving(backend="ray"))
 
 
 def test_a_search_asks_the_warm_model(bench: Bench, models: ModelRegistry, model_home: Path) -> None:
