@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from media_assets.schemas import NEAR_DUPLICATES, PER_MEDIA
 from resources.library import Library
@@ -11,7 +12,7 @@ from resources.views import connect, outcomes_table
 if TYPE_CHECKING:
     import duckdb
 
-    from search.engine import SearchEngine
+    from search.engine import SearchEngine, Vectors
 
 CONCEPTS = (
     "a dog", "a cat", "a bird", "a fish", "an insect", "a reptile", "a flower", "a mushroom", "a person", "a crowd",
@@ -33,16 +34,21 @@ def open_search(library: Library) -> SearchEngine:
     from search.engine import LazyEncoder, SearchEngine
 
     spec = library.models.spec("embedding")
-    encoder = LazyEncoder(spec.identity, lambda: _encoder(library).encode_texts)
+    encoder = LazyEncoder(spec.identity, lambda: _encoder(library))
     return SearchEngine(library.store, encoder, lambda: outcomes_table(library.outcomes.rows()))
 
 
-def _encoder(library: Library) -> Any:
+def _encoder(library: Library) -> Callable[[list[str]], Vectors]:
+    """Encodes texts in the joint space: with the warm model of the cluster where models are served, else in here."""
+    if library.settings.serving.backend == "ray":
+        from media_assets.remote import text_encoder
+
+        return text_encoder(library)
     from resources.models.openclip import OpenClip
 
     models = library.models
     spec = models.spec("embedding")
-    return models.loaded(spec, lambda: OpenClip(spec, models.cache))
+    return models.loaded(spec, lambda: OpenClip(spec, models.cache)).encode_texts
 
 
 def example_queries(library: Library) -> list[str]:
@@ -70,6 +76,6 @@ def _concept_seen(library: Library, views: duckdb.DuckDBPyConnection) -> str | N
     if not len(column):
         return None
     pictures = np.stack([np.asarray(vector, np.float32) for vector in column])
-    concepts = _encoder(library).encode_texts([f"a photo of {concept}" for concept in CONCEPTS])
+    concepts = _encoder(library)([f"a photo of {concept}" for concept in CONCEPTS])
     best = (pictures @ concepts.T).max(axis=0)
     return CONCEPTS[int(best.argmax())]

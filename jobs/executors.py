@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,8 +34,9 @@ def executor(settings: Settings) -> dg.ExecutorDefinition:
     """
     _installed(settings.compute.executor)
     if settings.compute.executor == "ray":
-        on_ray: dg.ExecutorDefinition = import_module("jobs.on_ray").executor(settings)
-        return on_ray
+        from jobs import on_ray
+
+        return on_ray.executor(settings)
     from dagster import in_process_executor
 
     return in_process_executor

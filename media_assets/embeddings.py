@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from media_assets import schemas
 from media_assets.stage import Inputs, Prepared, Product, Stage, Unit
@@ -96,6 +98,12 @@ class Embeddings(Stage[Still | str, Embedded]):
     def load(self) -> None:
         """Load the open_clip model; the offline checkpoint is built the first time."""
         self._model()
+
+    def samples(self) -> Sequence[Unit[Still | str]]:
+        """A grey picture and a text."""
+        picture = io.BytesIO()
+        Image.new("RGB", (64, 64), "grey").save(picture, "JPEG")
+        return (Unit("picture", Still(picture.getvalue())), Unit("text", "a grey picture", TEXT_COST))
 
     def prepare(self, inputs: Inputs) -> Prepared[Still | str]:
         """One unit per distinct still and per distinct text."""

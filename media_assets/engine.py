@@ -577,7 +577,8 @@ class _Batch:
 
     def _cost(self, task: Task, rows: int = 0, bytes_out: int = 0) -> Cost:
         models = ", ".join(spec.identity for spec in task.stage.specs()) or None
-        return Cost(task.seconds, task.units, rows, bytes_out, self.device if models else "cpu", models)
+        device = task.stage.answered_on(task.media_id) or (self.device if models else "cpu")
+        return Cost(task.seconds, task.units, rows, bytes_out, device, models)
 
     def _commit(
         self,

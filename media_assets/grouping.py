@@ -73,7 +73,14 @@ def groups(settings: Settings) -> tuple[Group, ...]:
     )
     if clash := _first_twice(group.name for group in found):
         raise BadNeeds(f"compute.groups.{clash}: that name is taken by what remains of a split group.")
+    if settings.serving.backend == "ray":
+        # The models are in servers of their own, which ask for the GPUs; a step would hold one idle.
+        return tuple(replace(group, needs=_without_gpu(group.needs)) for group in found)
     return found
+
+
+def _without_gpu(needs: Needs) -> Needs:
+    return replace(needs, gpus=0, gpu_memory_bytes=0, gpu_required=False, pool=needs.pool_name)
 
 
 def _apart(settings: Settings) -> dict[str, tuple[str, ...]]:

@@ -18,6 +18,7 @@ from media_assets.partitions import Batch, batch_keys, partition_of, partitions_
 from media_assets.processor import Processor, processor
 from media_assets.provenance import SOURCE, Provenance
 from media_assets.quality import EXPECTATIONS, ITEMS, expectations_check, items_check
+from media_assets.remote import served
 from media_assets.stage import MediaItem, Stage
 from media_assets.versions import code_version
 from resources.compute import op_tags
@@ -115,7 +116,9 @@ def materialize(
 ) -> None:
     """Settle `stages` of every item of the batch, in the step of `context`, and mirror what is finished."""
     settings = one_at_a_time(library.settings) if careful else library.settings
-    engine = BatchEngine(stages, library.store, library.outcomes, settings, device=device.name, scale=device.scale)
+    engine = BatchEngine(
+        served(stages, settings), library.store, library.outcomes, settings, device=device.name, scale=device.scale
+    )
     by_name = {stage.name: stage for stage in stages}
     mirror: Mirror | BucketMirror
     if settings.partitions == "media":

@@ -196,6 +196,14 @@ class Stage(ABC, Generic[P, O]):
     def load(self) -> None:
         """Load the models. Raises ModelUnavailable with what to install."""
 
+    def samples(self) -> Sequence[Unit[P]]:
+        """A few made-up units that take every path through the models: what a model server warms up with."""
+        return ()
+
+    def answered_on(self, media_id: str) -> str | None:  # noqa: ARG002 - for stages whose model is elsewhere
+        """Devices the item's units were answered on, where the engine cannot know; asked once per item."""
+        return None
+
     @abstractmethod
     def prepare(self, inputs: Inputs) -> Prepared[P]:
         """Units for the model. Raises NotApplicable, MediaError."""

@@ -89,6 +89,16 @@ class ModelFailed(MediaError):
     remedy = "Retry; if it persists, look at the run's log for the model's own error."
 
 
+class ModelTimeout(MediaError):
+    code, retryable, http_status = "model_timeout", True, 504
+    remedy = "The model server was replaced; retry. Raise serving.timeout_s if the model really needs longer."
+
+
+class ServingUnavailable(MediaError):
+    code, retryable, http_status = "serving_unavailable", True, 503
+    remedy = "Check ray.address and the cluster, or set serving.fallback or serving.backend to local."
+
+
 class StorageFailed(MediaError):
     code, retryable, http_status = "storage_failed", True, 507
     remedy = "Check free space and permissions of the storage location, then retry."

@@ -188,6 +188,37 @@ class Alerts(_Section):
         return url
 
 
+class Ray(_Section):
+    """The Ray cluster that runs and models may use."""
+
+    address: str | None = Field(
+        None,
+        description="host:port of the cluster's GCS, or ray://host:port; default: RAY_ADDRESS, then this machine's",
+    )
+    connect_timeout_s: float = Field(10.0, gt=0, description="time a cluster has to answer, seconds")
+
+
+class Serving(_Section):
+    """Where `infer` runs: in the run's own process, or in model servers on Ray that stay up between runs."""
+
+    backend: Literal["local", "ray"] = Field("local", description="`local`: in the run's process; `ray`: warm models")
+    cpus: float = Field(1.0, ge=0, description="CPU cores of a model server, as Ray counts them")
+    gpus: float = Field(0.0, ge=0, description="GPUs of a model server; with a fraction, models share a device")
+    max_wait_ms: float = Field(
+        5.0, ge=0, description="longest wait of a unit for its micro-batch to fill, milliseconds"
+    )
+    timeout_s: float = Field(120.0, gt=0, description="longest a model may take over a micro-batch, seconds")
+    load_timeout_s: float = Field(600.0, gt=0, description="longest a model may take to be placed and loaded, seconds")
+    health_s: float = Field(15.0, gt=0, description="a silent server must give a sign of life this often, seconds")
+    idle_s: float = Field(900.0, gt=0, description="a model without calls for this long is unloaded, seconds")
+    memory_bytes: int | None = Field(
+        None, gt=0, description="memory all warm models may hold, bytes; default: what the cluster has"
+    )
+    fallback: Literal["none", "local"] = Field(
+        "none", description="when a server fails or times out: `none`: the items fail; `local`: this process answers"
+    )
+
+
 class Settings(BaseSettings):
     """All settings of one installation.
 
@@ -221,6 +252,8 @@ class Settings(BaseSettings):
     planner: Planner = Planner()
     alerts: Alerts = Alerts()
     compute: Compute = Compute()
+    ray: Ray = Ray()
+    serving: Serving = Serving()
 
     @classmethod
     def settings_customise_sources(
@@ -250,4 +283,6 @@ class Settings(BaseSettings):
             raise ValueError("ingestion.dead_letter_url must name another queue than ingestion.queue_url")
         if self.profile == "offline" and any(needs.gpu_required for needs in self.compute.groups.values()):
             raise ValueError('gpu_required contradicts profile = "offline", whose models run on the CPU')
+        if self.profile == "gpu" and self.serving.backend == "ray" and not self.serving.gpus:
+            raise ValueError("serving.gpus must be above 0 with profile gpu: Ray hides the devices from other actors")
         return self

