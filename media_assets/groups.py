@@ -172,6 +172,12 @@ def _materialize(
                     f" {record.error_class}: {record.error}"
                 )
     finally:
+        if engine.hung:
+            library.is_tainted = True
+            context.log.error(
+                f"{engine.hung} model call(s) did not answer within engine.infer_timeout_s"
+                f" ({settings.engine.infer_timeout_s:g} s) and still hang: this process should not be used again."
+            )
         mirror.close()
 
 

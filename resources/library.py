@@ -25,11 +25,13 @@ class Library:
     """Opens its parts on first use; closing it closes what was opened.
 
     `reporter` receives the engine's progress; a command line sets it, otherwise assets log to Dagster.
+    `is_tainted` says that a model call still hangs in this process: it should end after its run, not serve another.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.reporter: Callable[[str, Any], None] | None = None
+        self.is_tainted = False
 
     @classmethod
     def open(cls, home: Path | str | None = None) -> Self:
