@@ -368,7 +368,7 @@ class _Batch:
         self.flights: dict[str, Flight] = {}
         self.ready: deque[Task] = deque()
         self.queued: dict[str, deque[tuple[Task, Unit[Any]]]] = {stage.name: deque() for stage in self.stages}
-        self.caps = {stage.name: stage.micro_batch for stage in self.stages}
+        self.caps = {stage.name: stage.units_per_call() for stage in self.stages}
         self.loaded: dict[str, Failure | None] = {}
         self.hangs = Counter[str]()
         self.leaders: dict[tuple[str, str], tuple[Task, list[Task]]] = {}
@@ -655,7 +655,7 @@ class _Batch:
             self._fail(task, Failure.of(event.error))
             return
         product, written = event.value
-        cost = self._cost(task, rows=product.table.num_rows, bytes_out=written)
+        cost = self._cost(task, product.table.num_rows, written, product.models)
         self._commit(task, How.COMPUTED, Status.OK, product.content or task.version, cost, product)
 
     def _copied(self, event: Event, task: Task, twin: str) -> None:
@@ -682,8 +682,9 @@ class _Batch:
 
     # -- outcomes -------------------------------------------------------------------------------------
 
-    def _cost(self, task: Task, rows: int = 0, bytes_out: int = 0) -> Cost:
-        models = ", ".join(spec.identity for spec in task.stage.specs()) or None
+    def _cost(self, task: Task, rows: int = 0, bytes_out: int = 0, answered: Sequence[str] | None = None) -> Cost:
+        names = [spec.identity for spec in task.stage.specs()] if answered is None else answered
+        models = ", ".join(names) or None
         return Cost(task.seconds, task.units, rows, bytes_out, self.device if models else "cpu", models)
 
     def _commit(

@@ -8,6 +8,7 @@ import threading
 import uuid
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -431,6 +432,14 @@ def test_a_model_too_large_for_the_device_is_no_fault_of_the_items(bench: Bench)
     assert {(result.outcome.status, result.outcome.error_class) for result in results} == {
         (Status.RETRYABLE, "model_unavailable")
     }
+
+
+def test_the_record_names_the_models_that_answered(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given a stage that says who answered, then its outcomes say so, and not who might have."""
+    make = Numbers.assemble
+    monkeypatch.setattr(Numbers, "assemble", lambda *given: replace(make(*given), models=("small@1", "vad@2")))
+    (result,) = bench.run(items("a"), bench.stages(kinds=[Numbers]))
+    assert result.outcome.model == "small@1, vad@2"
 
 
 def test_an_input_too_large_alone_is_set_aside(bench: Bench) -> None:
