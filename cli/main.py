@@ -382,6 +382,33 @@ def evaluate(
         library.close()
 
 
+@app.command()
+def tune(
+    tasks: Annotated[
+        list[str] | None, typer.Argument(help="Tasks of models.toml, such as ocr.", show_default="all")
+    ] = None,
+    home: HomeOption = None,
+    seconds: Annotated[float, typer.Option("--seconds", min=1, help="About how long each asset may take.")] = 120.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the micro-batch that is fastest on this machine, on the library's own media, and use it from now on.
+
+    Example: [bold]media-assets tune asr ocr[/bold]
+    """
+    from cli.tuning import tune as measure
+
+    library = _open(home)
+    try:
+        found = measure(library, tasks or [], seconds, _console())
+    finally:
+        library.close()
+    if as_json:
+        print(json.dumps(found))
+    else:
+        for one in found:
+            print(f"{one['asset']}: {one['batch_size']} per call (default {one['default']}), on {one['device']}")
+
+
 def main() -> None:
     """Entry point: errors that have a remedy are said in one sentence, with the exit code of their family."""
     try:
@@ -415,6 +442,8 @@ _FAMILIES: dict[str, Exit] = {
     "bad_policy": Exit.SETTINGS,
     "bad_needs": Exit.SETTINGS,
     "executor_unavailable": Exit.SETTINGS,
+    "tuning_unreadable": Exit.SETTINGS,
+    "nothing_to_tune": Exit.NOTHING_FOUND,
 }
 
 

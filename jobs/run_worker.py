@@ -2,7 +2,7 @@
 
 Started by the run launcher, which hands it runs over a socket: a line of JSON per run, answered by a line when
 the run has ended. It ends by itself when the launcher is gone, after an hour without work by default, and
-when it has grown beyond its memory.
+when it has grown beyond its memory or a model call hangs in it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import socket
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
+
+from resources.process import is_tainted
 
 LEFT_OPEN = "The worker came back from this run without its having ended."
 
@@ -48,7 +50,7 @@ def serve(link: socket.socket, idle_s: float, most_bytes: int) -> None:
             request = json.loads(line)
             execute(request["run_id"], request["instance"])
             gc.collect()
-            stays = psutil.Process().memory_info().rss <= most_bytes
+            stays = psutil.Process().memory_info().rss <= most_bytes and not is_tainted()
             link.sendall(json.dumps({"ended": request["run_id"], "stays": stays}).encode() + b"\n")
             if not stays:
                 return

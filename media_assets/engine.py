@@ -11,25 +11,37 @@ with events, so no lock guards the state machine. Per item and stage:
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from queue import SimpleQueue
-from typing import Any, Protocol
+from queue import Empty, SimpleQueue
+from typing import Any, Protocol, TypeAlias
 
 from media_assets.stage import Inputs, MediaItem, Memo, Prepared, Product, Stage, Unit
 from media_assets.versions import item_version
-from resources.errors import Failure, Internal, NotApplicable, UpstreamFailed, is_out_of_memory
+from resources.errors import (
+    Failure,
+    Internal,
+    ModelTimeout,
+    ModelUnavailable,
+    NotApplicable,
+    UpstreamFailed,
+    is_out_of_memory,
+)
 from resources.faults import fault
 from resources.outcomes import Claim, Cost, LostClaim, Outcome, OutcomeStore, Status, Withdrawn
 from resources.settings import Settings
 from resources.storage import DerivedStore
 
 LANE_DEPTH = 2  # micro-batches handed to the inference thread: one running, one waiting
+MAX_HANGS = 3  # hung calls of one stage after which the rest of its units fail without being tried
+
+Call: TypeAlias = tuple[Any, Callable[[], Any]]
 
 
 class How(StrEnum):
@@ -94,7 +106,12 @@ class Event:
 
 
 class Executor(Protocol):
-    """Where background calls run. Calls of the `inference` lane never overlap."""
+    """Where background calls run. Calls of the `inference` lane never overlap, but with one that hung.
+
+    `hung` counts calls that took too long and were answered with `Hung`; they may still run.
+    """
+
+    hung: int
 
     def submit(self, lane: str, key: Any, call: Callable[[], Any]) -> None:
         """Run `call` in a lane (`work` or `inference`)."""
@@ -104,6 +121,10 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """Stop; calls not started are dropped."""
+
+
+class Hung(Exception):
+    """A call of the `inference` lane did not answer in time."""
 
 
 def _timed(key: Any, call: Callable[[], Any]) -> Event:
@@ -116,10 +137,12 @@ def _timed(key: Any, call: Callable[[], Any]) -> Event:
 
 
 class Serial:
-    """Runs every call in the caller's thread, in order: the protocol without concurrency."""
+    """Runs every call in the caller's thread, in order: the protocol without concurrency and without timeouts."""
+
+    hung = 0
 
     def __init__(self) -> None:
-        self._calls: deque[tuple[Any, Callable[[], Any]]] = deque()
+        self._calls: deque[Call] = deque()
 
     def submit(self, lane: str, key: Any, call: Callable[[], Any]) -> None:  # noqa: ARG002 - one lane serves all
         """Queue the call."""
@@ -137,33 +160,106 @@ class Serial:
         self._calls.clear()
 
 
-class Threads:
-    """`work` calls in a pool, `inference` calls in one thread."""
+class Lane:
+    """Runs calls one after the other in a daemon thread.
 
-    def __init__(self, workers: int) -> None:
-        self._pools = {
-            "work": ThreadPoolExecutor(workers, "work"),
-            "inference": ThreadPoolExecutor(1, "inference"),
-        }
+    Nothing can end a thread that hangs inside a library. It is left behind instead: its late answer is dropped,
+    and as a daemon it does not keep the process alive.
+    """
+
+    def __init__(self, events: SimpleQueue[Event], calls: Iterable[Call] = ()) -> None:
+        self._events = events
+        self._calls: SimpleQueue[Call | None] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._running: tuple[Any, float] | None = None
+        self._abandoned = False
+        for call in calls:
+            self._calls.put(call)
+        self._thread = threading.Thread(target=self._serve, name="inference", daemon=True)
+        self._thread.start()
+
+    def submit(self, key: Any, call: Callable[[], Any]) -> None:
+        """Queue a call."""
+        self._calls.put((key, call))
+
+    def left_s(self, limit_s: float) -> float:
+        """Seconds the running call still has, of `limit_s`; all of them while none runs."""
+        with self._lock:
+            return limit_s if self._running is None else limit_s - (time.monotonic() - self._running[1])
+
+    def abandon(self, limit_s: float) -> tuple[Event, list[Call]] | None:
+        """Leave the running call behind if it is overdue: the event that answers it, and the calls not begun."""
+        with self._lock:
+            if self._running is None or time.monotonic() - self._running[1] < limit_s:
+                return None
+            self._abandoned = True
+            key = self._running[0]
+        return Event(key, None, Hung(), limit_s), self._drained()
+
+    def close(self, limit_s: float) -> bool:
+        """Drop the calls not begun and wait for the running one; whether it ended in time."""
+        self._drained()
+        self._calls.put(None)
+        self._thread.join(max(0.0, self.left_s(limit_s)))
+        return not self._thread.is_alive()
+
+    def _drained(self) -> list[Call]:
+        calls: list[Call] = []
+        with suppress(Empty):
+            while (call := self._calls.get_nowait()) is not None:
+                calls.append(call)
+        return calls
+
+    def _serve(self) -> None:
+        while (call := self._calls.get()) is not None:
+            with self._lock:
+                self._running = (call[0], time.monotonic())
+            event = _timed(*call)
+            with self._lock:
+                self._running = None
+                if self._abandoned:
+                    return
+                self._events.put(event)
+
+
+class Threads:
+    """`work` calls in a pool, `inference` calls in one thread, each of at most `infer_timeout_s` seconds."""
+
+    def __init__(self, workers: int, infer_timeout_s: float) -> None:
+        self.hung = 0
+        self._limit_s = infer_timeout_s
         self._events: SimpleQueue[Event] = SimpleQueue()
+        self._work = ThreadPoolExecutor(workers, "work")
+        self._inference = Lane(self._events)
 
     def submit(self, lane: str, key: Any, call: Callable[[], Any]) -> None:
-        """Run the call in its lane's pool."""
-        future: Future[Event] = self._pools[lane].submit(_timed, key, call)
-        future.add_done_callback(self._finished)
+        """Run the call in its lane."""
+        if lane == "inference":
+            self._inference.submit(key, call)
+        else:
+            future: Future[Event] = self._work.submit(_timed, key, call)
+            future.add_done_callback(self._finished)
 
     def _finished(self, future: Future[Event]) -> None:
         if not future.cancelled():
             self._events.put(future.result())
 
     def next(self) -> Event:
-        """Wait for a call to finish."""
-        return self._events.get()
+        """Wait for a call to finish, or for the inference call to be overdue; then another thread takes the lane."""
+        while True:
+            with suppress(Empty):
+                return self._events.get(timeout=max(0.0, self._inference.left_s(self._limit_s)))
+            if (overdue := self._inference.abandon(self._limit_s)) is not None:
+                self.hung += 1
+                event, calls = overdue
+                self._inference = Lane(self._events, calls)
+                return event
 
     def close(self) -> None:
         """Wait for running calls; drop the others."""
-        for pool in self._pools.values():
-            pool.shutdown(wait=True, cancel_futures=True)
+        self._work.shutdown(wait=True, cancel_futures=True)
+        if not self._inference.close(self._limit_s):
+            self.hung += 1
 
 
 class Task:
@@ -202,7 +298,11 @@ class Flight:
 
 
 class BatchEngine:
-    """Runs a group's stages over a batch of media items, on a `device` whose memory holds `scale` micro-batches."""
+    """Runs a group's stages over a batch of media items, on a `device` whose memory holds `scale` micro-batches.
+
+    `hung` counts model calls that did not answer in time. Their threads may still hold memory and locks of the
+    library they hang in: a process in which there are any should end after its batch.
+    """
 
     def __init__(
         self,
@@ -218,9 +318,10 @@ class BatchEngine:
         self._store = store
         self._outcomes = outcomes
         self._settings = settings.engine
-        self._executor = executor or (lambda: Threads(self._settings.prepare_threads))
+        self._executor = executor or (lambda: Threads(self._settings.prepare_threads, self._settings.infer_timeout_s))
         self._device = device
         self._scale = scale
+        self.hung = 0
 
     def run(
         self,
@@ -239,6 +340,7 @@ class BatchEngine:
                 yield from batch.results()
             finally:
                 batch.close()
+                self.hung += batch.executor.hung
 
 
 class _Batch:
@@ -268,8 +370,9 @@ class _Batch:
         self.flights: dict[str, Flight] = {}
         self.ready: deque[Task] = deque()
         self.queued: dict[str, deque[tuple[Task, Unit[Any]]]] = {stage.name: deque() for stage in self.stages}
-        self.caps = {stage.name: stage.micro_batch * engine._scale for stage in self.stages}
+        self.caps = {stage.name: stage.units_per_call(engine._scale) for stage in self.stages}
         self.loaded: dict[str, Failure | None] = {}
+        self.hangs = Counter[str]()
         self.leaders: dict[tuple[str, str], tuple[Task, list[Task]]] = {}
         self.claimed: dict[tuple[str, str], Claim] = {}
         self.previews = Counter[str]()
@@ -478,7 +581,7 @@ class _Batch:
     def _answer(self, stage: Stage[Any, Any], units: list[Unit[Any]]) -> Mapping[str, Any]:
         """In the inference thread: an answer for every unit, whatever the model does."""
         if stage.name not in self.loaded:
-            self.loaded[stage.name] = _failure_of(stage.load)
+            self.loaded[stage.name] = _loading_failure(stage)
         broken = self.loaded[stage.name]
         if broken is not None:
             return {unit.id: broken for unit in units}
@@ -528,8 +631,9 @@ class _Batch:
         self.unanswered -= len(units)
         self.progress.units[stage.name] += len(units)
         share = event.seconds / sum(unit.cost for _, unit in units.values())
+        failure = self._failure(stage, event.error) if event.error else None
         for key, (task, unit) in units.items():
-            answer = Failure.of(event.error) if event.error else event.value[key]
+            answer = failure or event.value[key]
             task.seconds += share * unit.cost
             task.answers[unit.id] = answer
             if isinstance(answer, Failure) and task.failure is None:
@@ -540,6 +644,16 @@ class _Batch:
                 else:
                     self._fail(task, task.failure)
 
+    def _failure(self, stage: Stage[Any, Any], error: BaseException) -> Failure:
+        """Failure of a whole micro-batch; a stage whose calls hang again and again is not called any more."""
+        if not isinstance(error, Hung):
+            return Failure.of(error)
+        failure = Failure.of(ModelTimeout(_no_answer(stage, self.settings.infer_timeout_s)))
+        self.hangs[stage.name] += 1
+        if self.hangs[stage.name] >= MAX_HANGS:
+            self.loaded[stage.name] = failure
+        return failure
+
     def _assembled(self, event: Event, task: Task) -> None:
         self.working -= 1
         task.seconds += event.seconds
@@ -547,7 +661,7 @@ class _Batch:
             self._fail(task, Failure.of(event.error))
             return
         product, written = event.value
-        cost = self._cost(task, rows=product.table.num_rows, bytes_out=written)
+        cost = self._cost(task, product.table.num_rows, written, product.models)
         self._commit(task, How.COMPUTED, Status.OK, product.content or task.version, cost, product)
 
     def _copied(self, event: Event, task: Task, twin: str) -> None:
@@ -575,8 +689,9 @@ class _Batch:
 
     # -- outcomes -------------------------------------------------------------------------------------
 
-    def _cost(self, task: Task, rows: int = 0, bytes_out: int = 0) -> Cost:
-        models = ", ".join(spec.identity for spec in task.stage.specs()) or None
+    def _cost(self, task: Task, rows: int = 0, bytes_out: int = 0, answered: Sequence[str] | None = None) -> Cost:
+        names = [spec.identity for spec in task.stage.specs()] if answered is None else answered
+        models = ", ".join(names) or None
         device = task.stage.answered_on(task.media_id) or (self.device if models else "cpu")
         return Cost(task.seconds, task.units, rows, bytes_out, device, models)
 
@@ -652,10 +767,22 @@ def _ignore(_: Progress) -> None:
     """The reporter of a batch that nobody watches."""
 
 
-def _failure_of(call: Callable[[], None]) -> Failure | None:
+def _no_answer(stage: Stage[Any, Any], limit_s: float) -> str:
+    models = ", ".join(spec.identity for spec in stage.specs())
+    return f"{stage.name}{f' ({models})' if models else ''} gave no answer within {limit_s:g} s."
+
+
+def _loading_failure(stage: Stage[Any, Any]) -> Failure | None:
     try:
-        call()
+        stage.load()
     except BaseException as error:  # noqa: BLE001 - every unit of the stage carries it
+        if is_out_of_memory(error):  # no fault of the items, as it would be on a micro-batch of one
+            return Failure.of(
+                ModelUnavailable(
+                    f"There is too little memory to load the models of {stage.name}.",
+                    "Give the worker more memory, or choose smaller models in models.toml.",
+                )
+            )
         return Failure.of(error)
     return None
 

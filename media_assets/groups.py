@@ -24,6 +24,7 @@ from media_assets.versions import code_version
 from resources.compute import op_tags
 from resources.library import Library
 from resources.models.registry import ModelRegistry
+from resources.process import note_hung
 from resources.settings import Settings
 
 OWNERS = ["team:ml-platform", "team:trust-and-safety"]
@@ -142,6 +143,12 @@ def materialize(
                     f" {record.error_class}: {record.error}"
                 )
     finally:
+        if engine.hung:
+            note_hung(engine.hung)
+            context.log.error(
+                f"{engine.hung} model call(s) did not answer within engine.infer_timeout_s"
+                f" ({settings.engine.infer_timeout_s:g} s) and still hang: this process should not be used again."
+            )
         mirror.close()
 
 

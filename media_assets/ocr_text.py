@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ from PIL import Image
 
 from media_assets import schemas
 from media_assets.previews.ocr_overlay import ocr_overlay
+from media_assets.routing import Routed
 from media_assets.stage import Inputs, Prepared, Product, Stage, Unit
 from media_assets.text_layout import (
     TextLine,
@@ -28,6 +29,8 @@ from media_assets.text_layout import (
 )
 from media_assets.tracks import read_still
 from resources.errors import NotApplicable
+from resources.models.registry import ModelRegistry, ModelSpec
+from resources.settings import Settings
 
 Picture = npt.NDArray[np.uint8]
 Quad = npt.NDArray[np.float32]
@@ -61,7 +64,7 @@ PROBES = 6
 SHORT = 2
 """Letters up to which a line is short: edges and wheels look like single letters."""
 GOOD = 0.5
-"""Mean confidence of the probes that needs no second try upside down."""
+"""Mean confidence of the probes that needs no second try upside down, unless the reader has its own measure."""
 BETTER = 0.1
 """How much more confident another way up must be."""
 TALL = 1.5
@@ -90,12 +93,20 @@ class Page:
     quads: tuple[Quad, ...]
 
 
+class Line(NamedTuple):
+    """What one region says, how sure the reader is (0-1), and the reader's name in models.toml."""
+
+    text: str
+    confidence: float
+    reader: str
+
+
 @dataclass(frozen=True, slots=True)
 class PageText:
-    """What a page says: text and confidence per region, and the quarter turns after which it was upright."""
+    """What a page says: a line per region, and the quarter turns after which it was upright."""
 
     turn: int
-    lines: tuple[tuple[str, float], ...]
+    lines: tuple[Line, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +149,7 @@ class _Seen:
 
 
 class OcrText(Stage[Page, PageText]):
-    """Text on the picture: detected by a cheap network, read by EasyOCR only where it is new.
+    """Text on the picture: detected by a cheap network, read only where it is new.
 
     Three gates keep stills from the reader: a repeat of an earlier still, a still without text regions, and
     a still whose regions show what they showed before. Detection runs in `prepare`: it decides what the
@@ -150,13 +161,18 @@ class OcrText(Stage[Page, PageText]):
     inputs: ClassVar[tuple[str, ...]] = ("media", "frames")
     code_version: ClassVar[str] = "3"
     tasks: ClassVar[tuple[str, ...]] = ("ocr", "ocr_detector")
+    routed: ClassVar[tuple[str, ...]] = ("ocr",)
     micro_batch: ClassVar[int] = 8
     description: ClassVar[str] = "Text on stills and images: line, polygon, confidence and time span."
 
+    def __init__(self, settings: Settings, models: ModelRegistry) -> None:
+        super().__init__(settings, models)
+        self._readers: Routed[Reader] = Routed(models, "ocr", self._adapted)
+
     def load(self) -> None:
-        """Load detector and reader. Raises ModelUnavailable."""
+        """Load the detector and the first reader. Raises ModelUnavailable."""
         self._detector()
-        self._reader()
+        self._readers.load()
 
     def prepare(self, inputs: Inputs) -> Prepared[Page]:
         """Pages with text that was not seen before. Raises NotApplicable for audio and text."""
@@ -169,47 +185,60 @@ class OcrText(Stage[Page, PageText]):
 
     def infer(self, units: Sequence[Unit[Page]]) -> Mapping[str, PageText]:
         """Read every region of every page."""
-        reader = self._reader()
-        return {unit.id: read_page(reader, unit.payload) for unit in units}
+        return {unit.id: read_page(self._readers, unit.payload) for unit in units}
 
     def assemble(self, inputs: Inputs, carry: Survey, outputs: Mapping[str, PageText]) -> Product:
         """One row per line and unbroken stretch of showing."""
         lines = [self._lines(still, outputs) for still in carry.stills]
         spans = merge_over_time(lines)
-        model = self.models.spec("ocr").identity
-        rows = [_row(inputs, index, span, model) for index, span in enumerate(spans)]
+        rows = [_row(inputs, index, span) for index, span in enumerate(spans)]
         facts: dict[str, int | float | str] = {
             "stills": len(carry.stills),
             "stills_read": len(outputs),
             **{f"stills_spared_{gate}": carry.spared[gate] for gate in ("repeat", "no_text", "unchanged")},
             "lines": len(rows),
         }
-        return Product(schemas.table(self.schema, rows), facts=facts, previews=_previews(inputs, lines))
+        return Product(
+            schemas.table(self.schema, rows),
+            facts=facts,
+            previews=_previews(inputs, lines),
+            models=self._answered(outputs),
+        )
+
+    def _answered(self, outputs: Mapping[str, PageText]) -> tuple[str, ...]:
+        """Identities of the detector and of the readers whose reading of a region stands."""
+        readers = {line.reader for page in outputs.values() for line in page.lines}
+        specs = (*(spec for spec in self.models.asked("ocr") if spec.name in readers), self.models.spec("ocr_detector"))
+        return tuple(spec.identity for spec in specs)
 
     def _detector(self) -> Detector:
-        return self._model("ocr_detector")  # type: ignore[no-any-return]
+        spec = self.models.spec("ocr_detector")
+        return self.models.loaded(spec, lambda: self._adapted(spec))  # type: ignore[no-any-return]
 
-    def _reader(self) -> Reader:
-        return self._model("ocr")  # type: ignore[no-any-return]
-
-    def _model(self, task: str) -> Any:
-        spec = self.models.spec(task)
-        adapter = import_module(f"resources.models.{spec.adapter}")
-        return self.models.loaded(spec, lambda: adapter.load(spec, self.models.cache))
+    def _adapted(self, spec: ModelSpec) -> Any:
+        return import_module(f"resources.models.{spec.adapter}").load(spec, self.models.cache)
 
     def _lines(self, still: StillText, outputs: Mapping[str, PageText]) -> list[TextLine]:
         """The credible lines of a still, in reading order."""
-        parameters = self.models.spec("ocr").parameters
-        kept: list[tuple[Sighting, str, float]] = []
+        readers = {spec.name: spec for spec in self.models.asked("ocr")}
+        kept: list[tuple[Sighting, Line]] = []
         for sighting in still.sightings:
-            text, confidence = outputs[sighting.unit].lines[sighting.index]
-            if confidence >= _least_confidence(text, sighting.whole, parameters):
-                kept.append((sighting, " ".join(text.split()), confidence))
-        boxes = [bounds(turned(s.quad, outputs[s.unit].turn, still.width, still.height)) for s, _, _ in kept]
+            line = outputs[sighting.unit].lines[sighting.index]
+            if line.confidence >= _least_confidence(line.text, sighting.whole, readers[line.reader].parameters):
+                kept.append((sighting, line))
+        boxes = [bounds(turned(s.quad, outputs[s.unit].turn, still.width, still.height)) for s, _ in kept]
         size = np.array([still.width, still.height], np.float32)
         return [
-            TextLine(text, confidence, clockwise(sighting.quad) / size, still.frame, still.start_s, still.end_s)
-            for sighting, text, confidence in (kept[i] for i in reading_order(boxes))
+            TextLine(
+                " ".join(line.text.split()),
+                line.confidence,
+                clockwise(sighting.quad) / size,
+                still.frame,
+                still.start_s,
+                still.end_s,
+                readers[line.reader].identity,
+            )
+            for sighting, line in (kept[i] for i in reading_order(boxes))
         ]
 
 
@@ -431,24 +460,42 @@ def _same_pixels(a: Picture, b: Picture, points: Quad) -> bool:
     return bool(cells.max() <= SAME_CONTRAST * max(high - low, LEAST_CONTRAST))
 
 
-def read_page(reader: Reader, page: Page) -> PageText:
-    """The text of every region of `page`, read the way up that gives the most confident reading.
+def read_page(readers: Routed[Reader], page: Page) -> PageText:
+    """The text of every region of `page`, each by the first reader of the route that is sure of it."""
+    picture = np.asarray(read_still({"image": page.image}))
+    turn = 0
+
+    def read(spec: ModelSpec, reader: Reader, quads: Mapping[int, Quad]) -> dict[int, tuple[str, float]]:
+        nonlocal turn
+        if len(quads) < len(page.quads):
+            return _read_turned(reader, picture, page.quads, list(quads), turn)
+        # Nobody was sure of any line, so nobody knows the way up yet.
+        turn, answers = _read_upright(reader, picture, page.quads, spec.parameters.get("upright_confidence", GOOD))
+        return answers
+
+    found = readers.ask(dict(enumerate(page.quads)), read, lambda line: line[1])
+    lines = (found[index] for index in range(len(page.quads)))
+    return PageText(turn, tuple(Line(*line.answer, line.by.name) for line in lines))
+
+
+def _read_upright(
+    reader: Reader, picture: Picture, quads: Sequence[Quad], good: float
+) -> tuple[int, dict[int, tuple[str, float]]]:
+    """The quarter turns that give the most confident reading, and the text and confidence of every region then.
 
     A few long lines are tried first: as they stand, then upside down if that is poor; on both sides if most
     regions are taller than wide.
     """
-    picture = np.asarray(read_still({"image": page.image}))
-    probes = sorted(range(len(page.quads)), key=lambda i: -_length(page.quads[i]))[:PROBES]
-    best, answers = 0, _read_turned(reader, picture, page.quads, probes, 0)
-    others = (1, 3) if _lies_on_its_side(page.quads) else (2,)
-    if _score(answers) < GOOD:
+    probes = sorted(range(len(quads)), key=lambda i: -_length(quads[i]))[:PROBES]
+    best, answers = 0, _read_turned(reader, picture, quads, probes, 0)
+    others = (1, 3) if _lies_on_its_side(quads) else (2,)
+    if _score(answers) < good:
         for turn in others:
-            other = _read_turned(reader, picture, page.quads, probes, turn)
+            other = _read_turned(reader, picture, quads, probes, turn)
             if _score(other) > _score(answers) + BETTER:
                 best, answers = turn, other
-    rest = [i for i in range(len(page.quads)) if i not in answers]
-    answers |= _read_turned(reader, picture, page.quads, rest, best)
-    return PageText(best, tuple(answers[i] for i in range(len(page.quads))))
+    rest = [i for i in range(len(quads)) if i not in answers]
+    return best, answers | _read_turned(reader, picture, quads, rest, best)
 
 
 def _read_turned(
@@ -483,7 +530,7 @@ def _lies_on_its_side(quads: Sequence[Quad]) -> bool:
     return tall > sum(_length(quad) for quad in quads) / 2
 
 
-def _row(inputs: Inputs, index: int, span: TextSpan, model: str) -> dict[str, object]:
+def _row(inputs: Inputs, index: int, span: TextSpan) -> dict[str, object]:
     corners = np.clip(span.best.quad, 0, 1)
     return {
         "media_id": inputs.media_id,
@@ -495,7 +542,7 @@ def _row(inputs: Inputs, index: int, span: TextSpan, model: str) -> dict[str, ob
         "polygon": [{"x": float(x), "y": float(y)} for x, y in corners],
         "frame": span.best.frame,
         "frames_seen": span.frames_seen,
-        "model": model,
+        "model": span.best.model,
         "version": inputs.version,
     }
 

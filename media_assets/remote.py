@@ -33,8 +33,8 @@ class StageModel:
 
     def __init__(self, kind: type[Stage[Any, Any]], settings: Settings, version: str) -> None:
         self._stage = kind(settings, ModelRegistry(settings))
-        self.micro_batch = self._stage.micro_batch
-        self.device = f"ray:{_processor(settings)}"
+        self.micro_batch = self._stage.units_per_call()
+        self.device = f"ray:{devices.kind(settings.profile)}"
         if code_version(self._stage) != version:
             raise ModelUnavailable(
                 f"The Ray worker has other code or other models for {self._stage.name} than the caller.",
@@ -67,7 +67,7 @@ class Served:
         self._stage = stage
         self._falls_back = settings.serving.fallback == "local"
         self._model = ServedModel(recipe(stage, settings), settings)
-        self._local_device = f"{_processor(settings)} (fallback)"
+        self._local_device = f"{devices.kind(settings.profile)} (fallback)"
         self._is_loaded = self._is_lost = False
         self._devices: dict[str, set[str]] = {}
 
@@ -115,11 +115,6 @@ class Served:
     def _note(self, units: Sequence[Unit[Any]], where: str) -> None:
         for unit in units:
             self._devices.setdefault(unit.id.partition("/")[0], set()).add(where)
-
-
-def _processor(settings: Settings) -> str:
-    """What models of this process are on."""
-    return "cuda" if settings.profile == "gpu" and devices.present() else "cpu"
 
 
 def served(stages: Sequence[Stage[Any, Any]], settings: Settings) -> list[Stage[Any, Any]]:

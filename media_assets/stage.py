@@ -11,10 +11,11 @@ from typing import Any, ClassVar, Generic, TypeVar
 import pyarrow as pa
 
 from media_assets import schemas
-from resources.errors import Failure
-from resources.models.registry import ModelRegistry, ModelSpec
+from resources.errors import Failure, ModelUnavailable
+from resources.models.registry import ModelRegistry, ModelSpec, Route
 from resources.settings import Settings
 from resources.storage import DerivedStore
+from resources.tuning import tuned
 
 P = TypeVar("P")
 O = TypeVar("O")  # noqa: E741 - the field's usual letter for an output
@@ -55,6 +56,7 @@ class Product:
     `facts` are figures worth showing (counts, seconds, spared frames), `previews` PNG or JPEG bytes by
     name for the Dagster UI, made only when `Inputs.wants_preview`. `content` identifies the output for
     its dependants where that differs from the version (`media`: the bytes, whatever their location).
+    `models` are the identities of the models that answered, where the stage's specs are only those that may.
     """
 
     table: pa.Table
@@ -62,6 +64,7 @@ class Product:
     facts: Mapping[str, int | float | str] = field(default_factory=dict)
     previews: Mapping[str, bytes] = field(default_factory=dict)
     content: str | None = None
+    models: tuple[str, ...] | None = None
 
 
 class Inputs:
@@ -163,12 +166,18 @@ class Stage(ABC, Generic[P, O]):
     inputs: ClassVar[tuple[str, ...]] = ()
     code_version: ClassVar[str]
     tasks: ClassVar[tuple[str, ...]] = ()
+    routed: ClassVar[tuple[str, ...]] = ()  # tasks among them whose routes the stage follows
     micro_batch: ClassVar[int] = 8
     description: ClassVar[str] = ""
 
     def __init__(self, settings: Settings, models: ModelRegistry) -> None:
         self.settings = settings
         self.models = models
+        if ignored := [route.task for route in self.routes() if route.task not in self.routed]:
+            raise ModelUnavailable(
+                f"{self.name} asks one model of task {', '.join(ignored)} and follows no route.",
+                f"Remove the route from {models.path.name}.",
+            )
 
     @property
     def schema(self) -> pa.Schema:
@@ -186,8 +195,23 @@ class Stage(ABC, Generic[P, O]):
         return schemas.SIDES.get(self.name, {})
 
     def specs(self) -> tuple[ModelSpec, ...]:
-        """Champion model specs whose identity enters the version."""
-        return tuple(self.models.spec(task) for task in self.tasks)
+        """Specs of the models that may answer; their identity enters the version, as that of `routes` does."""
+        return tuple(spec for task in self.tasks for spec in self.models.asked(task))
+
+    def routes(self) -> tuple[Route, ...]:
+        """Declared routes between models of the stage's tasks."""
+        return self.models.routes(self.tasks)
+
+    def units_per_call(self, scale: int = 1) -> int:
+        """Size of a micro-batch: what models.toml says of its models, else what was tuned, else `micro_batch`.
+
+        The last grows by `scale`, which is how many such micro-batches the device's memory holds.
+        """
+        specs = self.specs()
+        if declared := [spec.batch_size for spec in specs if spec.batch_size is not None]:
+            return min(declared)
+        found = tuned(self.settings, specs) if specs else None
+        return found.batch_size if found else self.micro_batch * scale
 
     def parameters(self) -> Mapping[str, object]:
         """Settings that change the output and therefore enter the version."""

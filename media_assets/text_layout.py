@@ -45,7 +45,7 @@ class TextLine:
     """A line of text as read on one still.
 
     `quad` is float32 [4, 2] in fractions of width and height, clockwise from the top left; the span is
-    that of the still, seconds.
+    that of the still, seconds. `model` is the identity of the one that read it.
     """
 
     text: str
@@ -54,6 +54,7 @@ class TextLine:
     frame: int
     start_s: float
     end_s: float
+    model: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,12 +12,13 @@ import numpy.typing as npt
 
 from media_assets import schemas
 from media_assets.previews.waveform import Envelope, envelope, waveform
+from media_assets.routing import Answered, Routed
 from media_assets.stage import Inputs, Prepared, Product, Stage, Unit
 from media_assets.tracks import read_pcm
 from resources.errors import Failure, ModelFailed, NotApplicable
 from resources.models.alignment import AlignmentParameters, WordAligner
 from resources.models.diarization import Diarizer, Turn, speaker_of
-from resources.models.registry import ModelSpec
+from resources.models.registry import ModelRegistry, ModelSpec
 from resources.models.vad import SAMPLE_RATE, Span, SpeechDetector, merge
 from resources.models.whisper import (
     FULL_SCALE,
@@ -29,6 +30,7 @@ from resources.models.whisper import (
     Word,
     mean_confidence,
 )
+from resources.settings import Settings
 
 DOCUMENT = "document"  # the `model` of rows no model made
 LANGUAGE_SAMPLE = 20_000  # characters of a document its language is told from
@@ -48,7 +50,7 @@ class Recording:
 
 
 Payload: TypeAlias = Stretch | Recording
-Answer: TypeAlias = Recognised | tuple[Turn, ...]
+Answer: TypeAlias = Answered[Recognised] | tuple[Turn, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +82,13 @@ class Transcript(Stage[Payload, Answer]):
     inputs = ("media", "audio")
     code_version = "1"
     tasks = ("asr", "vad")
+    routed = ("asr",)
     micro_batch = 8
     description = "Speech as text with segments, words, times, confidence and language; text of documents as it is."
+
+    def __init__(self, settings: Settings, models: ModelRegistry) -> None:
+        super().__init__(settings, models)
+        self._recognisers = Routed(models, "asr", lambda spec: WhisperRecogniser(spec, models.cache))
 
     def specs(self) -> tuple[ModelSpec, ...]:
         """Recogniser and voice activity, and alignment and diarization models where the profile has them."""
@@ -89,7 +96,7 @@ class Transcript(Stage[Payload, Answer]):
 
     def load(self) -> None:
         """Load every model of the profile's speech tasks. Raises ModelUnavailable with what to install."""
-        self._recogniser()
+        self._recognisers.load()
         self._detector()
         self._aligners()
         self._diarizer()
@@ -126,9 +133,10 @@ class Transcript(Stage[Payload, Answer]):
             else:
                 stretches[unit.id] = unit.payload
         aligners = self._aligners()
-        for key, recognised in self._recogniser().transcribe(stretches).items():
-            aligner = aligners.get(recognised.language)
-            answers[key] = aligner.align(stretches[key].samples, recognised) if aligner else recognised
+        for key, found in self._recognisers.ask(stretches, _recognise, lambda answer: answer.confidence).items():
+            aligner = aligners.get(found.answer.language)
+            aligned = aligner.align(stretches[key].samples, found.answer) if aligner else found.answer
+            answers[key] = Answered(found.by, aligned)
         return answers
 
     def assemble(self, inputs: Inputs, carry: Any, outputs: Mapping[str, Answer]) -> Product:
@@ -138,25 +146,26 @@ class Transcript(Stage[Payload, Answer]):
         audio: _Audio = carry
         turns = next((answer for answer in outputs.values() if isinstance(answer, tuple)), ())
         heard = [(audio.stretches[key], outputs[key]) for key in sorted(audio.stretches)]
-        recognised = [(span, answer) for span, answer in heard if isinstance(answer, Recognised)]
+        recognised = [(span, found) for span, found in heard if isinstance(found, Answered)]
         rows = list(_rows(recognised, audio.duration_s, turns))
-        model = self.models.spec("asr").identity
-        stamp = {"media_id": inputs.media_id, "model": model, "version": inputs.version}
+        stamp = {"media_id": inputs.media_id, "version": inputs.version}
         table = schemas.table(self.schema, [{**row, **stamp, "segment": i} for i, row in enumerate(rows)])
         facts: dict[str, int | float | str] = {
             "segments": len(rows),
             "words": sum(len(row["words"]) for row in rows),
             "speech_s": round(sum(span.end - span.start for span, _ in heard) / SAMPLE_RATE, 3),
             "stretches": len(heard),
-            "rejected_stretches": sum(bool(answer.rejected) for _, answer in recognised),
-            "language": recognised[0][1].language if recognised else "",
+            "rejected_stretches": sum(bool(found.answer.rejected) for _, found in recognised),
+            "language": recognised[0][1].answer.language if recognised else "",
         }
         previews = {}
         if audio.shape is not None:
             words = [(word["start_s"], word["end_s"], word["word"]) for row in rows for word in row["words"]]
             spans = [(span.start / SAMPLE_RATE, span.end / SAMPLE_RATE) for span, _ in heard]
             previews["waveform.png"] = waveform(audio.shape, audio.duration_s, spans, words)
-        return Product(table, facts=facts, previews=previews)
+        answered = dict.fromkeys(found.by.identity for _, found in recognised)
+        others = [spec.identity for spec in self.specs() if spec.task != "asr"]
+        return Product(table, facts=facts, previews=previews, models=(*answered, *others))
 
     def _document(self, inputs: Inputs, document: _Document) -> Product:
         texts = sorted((row for row in document.rows if row["text"].strip()), key=lambda row: row["segment"])
@@ -171,10 +180,6 @@ class Transcript(Stage[Payload, Answer]):
         if diarizer is None:
             return Failure.of(ModelFailed("No diarization model is configured in this profile."))
         return tuple(diarizer.turns(_float32(recording.samples)))
-
-    def _recogniser(self) -> WhisperRecogniser:
-        spec = self.models.spec("asr")
-        return self.models.loaded(spec, partial(WhisperRecogniser, spec, self.models.cache))
 
     def _detector(self) -> SpeechDetector:
         spec = self.models.spec("vad")
@@ -192,6 +197,12 @@ class Transcript(Stage[Payload, Answer]):
         for spec in self.models.candidates("diarization"):
             return self.models.loaded(spec, partial(Diarizer, spec, self.models.cache))
         return None
+
+
+def _recognise(
+    _spec: ModelSpec, recogniser: WhisperRecogniser, stretches: Mapping[str, Stretch]
+) -> Mapping[str, Recognised]:
+    return recogniser.transcribe(stretches)
 
 
 def sentences(words: Sequence[Word]) -> Iterator[list[Word]]:
@@ -215,11 +226,12 @@ def _ends(segment: Sequence[Word], following: Word) -> bool:
 
 
 def _rows(
-    recognised: Sequence[tuple[Span, Recognised]], duration_s: float, turns: Sequence[Turn]
+    recognised: Sequence[tuple[Span, Answered[Recognised]]], duration_s: float, turns: Sequence[Turn]
 ) -> Iterator[dict[str, Any]]:
     """Segments of all stretches in the time of the media, never before the one they follow."""
     floor_s = 0.0
-    for span, answer in recognised:
+    for span, found in recognised:
+        answer = found.answer
         for segment in sentences(answer.words):
             words = [_placed(word, span, floor_s, duration_s) for word in segment]
             start_s, floor_s = words[0]["start_s"], max(word["end_s"] for word in words)
@@ -232,6 +244,7 @@ def _rows(
                 "speaker": speaker_of(start_s, floor_s, turns),
                 "words": words,
                 "timing": answer.timing,
+                "model": found.by.identity,
             }
 
 

@@ -85,6 +85,11 @@ def _parsed(listing: str) -> list[Device]:
     return found
 
 
+def kind(profile: str) -> str:
+    """`cuda` where models of this profile find a GPU, else `cpu`. Raises DeviceUnavailable."""
+    return "cuda" if profile != "offline" and present() else "cpu"
+
+
 def candidates(needs: Needs, profile: str) -> tuple[Device, ...]:
     """The devices a step with these needs may choose from; none means the CPU. Raises DeviceUnavailable.
 

@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import ClassVar
+
+# Libraries say both in plain RuntimeErrors, and remote ones arrive wrapped: only their text tells.
+_NO_MEMORY = re.compile(
+    r"out of memory|(failed|unable) to allocated? (memory|\d+ bytes)|can(no|')t allocate memory|insufficient memory"
+    r"|_ALLOC_FAILED|bad[_ ]alloc",
+    re.IGNORECASE,
+)
+_NO_DEVICE = re.compile(
+    r"NVIDIA driver|CUDA driver|no CUDA-capable device|No CUDA GPUs|not compiled with CUDA|CUDA unknown error"
+    r"|no kernel image is available|invalid device ordinal|libcudart|libcublas|libcudnn",
+    re.IGNORECASE,
+)
+
+
+_WHOLE = 100_000  # characters: the telling words may come after a long trace
+_DEVICE_REMEDY = "Check it with nvidia-smi; install a driver that suits the library, or choose a CPU profile."
 
 
 class MediaError(Exception):
@@ -91,7 +108,7 @@ class ModelFailed(MediaError):
 
 class ModelTimeout(MediaError):
     code, retryable, http_status = "model_timeout", True, 504
-    remedy = "The model server was replaced; retry. Raise serving.timeout_s if the model really needs longer."
+    remedy = "It is tried again; raise engine.infer_timeout_s or serving.timeout_s if the model really needs longer."
 
 
 class ServingUnavailable(MediaError):
@@ -135,27 +152,37 @@ class Failure:
 
     @classmethod
     def of(cls, error: BaseException) -> Failure:
-        """Classify any exception; unknown ones become `internal`, memory exhaustion `out_of_memory`."""
+        """Classify any exception; memory exhaustion becomes `out_of_memory`, a GPU that cannot be used (its driver is
+        missing, too old or not the library's) `model_unavailable`, and what is unknown `internal`.
+        """
         if isinstance(error, MediaError):
             return cls(error.code, _text(error), error.retryable)
         if is_out_of_memory(error):
             return cls(OutOfMemory.code, printable(f"Out of memory. {OutOfMemory.remedy}"), OutOfMemory.retryable)
+        if _NO_DEVICE.search(_text(error, _WHOLE)):
+            text = printable(f"The GPU cannot be used: {_text(error)}", 300)
+            return cls(ModelUnavailable.code, f"{text} {_DEVICE_REMEDY}", ModelUnavailable.retryable)
         if isinstance(error, OSError):
             text = f"{type(error).__name__}: {_text(error)}. {StorageFailed.remedy}"
             return cls(StorageFailed.code, text, StorageFailed.retryable)
         return cls(Internal.code, f"{type(error).__name__}: {_text(error)}", Internal.retryable)
 
 
-def _text(error: BaseException) -> str:
+def _text(error: BaseException, limit: int = 500) -> str:
     try:
-        return printable(str(error))
+        return printable(str(error), limit)
     except Exception:  # noqa: BLE001 - an exception that cannot even be printed
         return "(its message cannot be shown)"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True for MemoryError and for torch's CUDA out-of-memory error, without importing torch."""
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    """Whether memory, of the machine or of a GPU, was exhausted: told from the type, else from the library's words.
+
+    Knows torch, ONNX Runtime, CTranslate2, OpenCV and their errors as a remote worker hands them on.
+    """
+    if isinstance(error, MemoryError | OutOfMemory) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return not isinstance(error, MediaError) and bool(_NO_MEMORY.search(_text(error, _WHOLE)))
 
 
 def printable(text: str, limit: int = 500) -> str:

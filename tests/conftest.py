@@ -19,6 +19,10 @@ from resources.settings import Settings
 from tests.ray_cluster import Cluster, ray_cluster
 
 
+ON_RAY = ("test_on_ray", "test_serving")
+LONGEST = ("test_dagster", *ON_RAY, "test_main_job", "test_s3", "test_s3_events", "test_planner", "test_purge")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Give the session temporary folders of its own.
 
@@ -30,6 +34,16 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.basetemp = folder
         # At the very end: servers that stop at exit still need their files.
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several workers the tests of a file share one, and so do the files that share the Ray cluster.
+
+    The longest files come first, so that none of them is left over at the end.
+    """
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if item.path.stem in ON_RAY else item.path.stem))
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")

@@ -23,10 +23,12 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 from PIL import Image
 
+from media_assets.engine import BatchEngine, Result
 from media_assets.grouping import groups
 from media_assets.groups import build_group
 from media_assets.partitions import add_partitions, explicit_batch_tags, partition_of, range_tags
 from media_assets.versions import code_version
+from resources import process
 from resources.library import Library
 from resources.registry import Upload, discover
 from resources.settings import Settings
@@ -39,6 +41,7 @@ DEADLINE_S = 300.0
 POLL_S = 0.5
 REGISTER = """
 import json, sys
+from resources import process
 from resources.library import Library
 from resources.registry import discover
 library = Library.open(sys.argv[1])
@@ -460,6 +463,21 @@ def test_a_range_and_a_list_mean_the_same_items(local: Local) -> None:
     by_list = local.made(local.run(*DECODED, keys=good[1:]), "frames")
     assert sorted(by_list) == sorted(good[1:])
     assert {event.metadata["how"].value for event in by_list.values()} == {"reused"}
+
+
+def test_a_hung_model_call_taints_the_process_and_not_the_run(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given a batch in which a call hung, then its run succeeds, and the process says to use it no more."""
+    run = BatchEngine.run
+
+    def hangs(engine: BatchEngine, *given: Any) -> Iterator[Result]:
+        yield from run(engine, *given)
+        engine.hung = 1
+
+    assert local.run("media").success
+    monkeypatch.setattr(process, "_hung", 0)
+    monkeypatch.setattr(BatchEngine, "run", hangs)
+    assert local.run("frames").success
+    assert process.is_tainted()
 
 
 def test_provenance_names_the_version_and_event_of_the_input(local: Local) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import threading
 import uuid
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from media_assets.engine import BatchEngine, How, Result, Serial, Threads
+from media_assets.engine import MAX_HANGS, BatchEngine, How, Result, Serial, Threads
 from media_assets.stage import MediaItem
 from resources.database import Database
 from resources.errors import Failure, ModelUnavailable, Undecodable
@@ -22,7 +26,7 @@ from resources.settings import Engine, Settings
 from resources.storage import DerivedStore
 from tests.toy_stages import CHAIN, Doubled, Fault, Numbers, Total, Toy
 
-EXECUTORS = {"serial": Serial, "threads": lambda: Threads(2)}
+EXECUTORS = {"serial": Serial, "threads": lambda: Threads(2, 60.0)}
 
 
 class Bench:
@@ -338,3 +342,115 @@ def test_total_reads_both_of_its_inputs(bench: Bench) -> None:
     bench.run(batch, bench.stages())
     values = [*bench.values("numbers", batch[0]), *bench.values("doubled", batch[0])]
     assert sorted(bench.values(Total.name, batch[0])) == sorted(2 * value for value in values)
+
+
+def test_a_hung_model_call_fails_its_items_and_the_rest_goes_on(database: Database, tmp_path: Path) -> None:
+    """Given a model that never answers for one item, then its micro-batch waits for a retry and the rest is done.
+
+    The next run of the same items, in which the model answers, finishes them.
+    """
+    bench = Bench(database, tmp_path, infer_timeout_s=0.3, window=2)
+    answer = threading.Event()
+
+    def hangs(method: str, media_id: str) -> object:
+        if method == "infer" and media_id == "b":
+            answer.wait()
+        return None
+
+    batch = items("a", "b", "c", "d", "e", "f", "g", "h")
+    stages = bench.stages(hangs, [Numbers])
+    engine = BatchEngine(stages, bench.store, bench.outcomes, bench.settings)
+    try:
+        results = by_key(list(engine.run(batch, "first")))
+    finally:
+        answer.set()
+    failed = {media_id for (media_id, _), result in results.items() if not result.done}
+    assert "b" in failed
+    assert failed < {item.media_id for item in batch[:4]}, "only what shared its micro-batches"
+    outcome = results["b", "numbers"].outcome
+    assert (outcome.status, outcome.error_class) == (Status.RETRYABLE, "model_timeout")
+    assert "numbers gave no answer within 0.3 s" in (outcome.error or "")
+    assert engine.hung >= 1
+    assert Status.RUNNING not in {record.status for record in bench.outcomes.load(["b"]).values()}
+    again = by_key(bench.run(batch, bench.stages(kinds=[Numbers]), "second"))
+    assert all(result.done for result in again.values())
+    assert {media_id for (media_id, _), result in again.items() if result.how is How.COMPUTED} == failed
+
+
+def test_a_stage_that_hangs_again_and_again_is_not_called_any_more(database: Database, tmp_path: Path) -> None:
+    """Given a wedged model and many items, then a few calls are waited for, every item fails, other stages work."""
+    bench = Bench(database, tmp_path, infer_timeout_s=0.2)
+    answer = threading.Event()
+
+    def hangs(method: str, media_id: str) -> object:
+        if method == "infer":
+            answer.wait()
+        return None
+
+    numbers, doubled = bench.stages(kinds=[Numbers, Doubled])
+    bench.run(items("done"), [numbers])
+    doubled.fault = hangs
+    engine = BatchEngine([numbers, doubled], bench.store, bench.outcomes, bench.settings)
+    batch = items(*"abcdefghij")
+    try:
+        results = by_key(list(engine.run(batch, "wedged")))
+    finally:
+        answer.set()
+    assert len(doubled.batches) == engine.hung
+    assert MAX_HANGS <= engine.hung <= MAX_HANGS + 1, "one more was in the lane already"
+    assert all(results[item.media_id, "numbers"].done for item in batch)
+    assert {results[item.media_id, "doubled"].outcome.error_class for item in batch} == {"model_timeout"}
+
+
+HANGING = """
+import sys, threading
+from media_assets.engine import Threads
+threads = Threads(1, 0.2)
+threads.submit("inference", "hung", threading.Event().wait)
+threads.submit("inference", "next", lambda: 42)
+events = [threads.next(), threads.next()]
+threads.close()
+print([(event.key, type(event.error).__name__, event.value) for event in events], threads.hung)
+"""
+
+
+def test_a_process_with_a_hung_call_ends() -> None:
+    """Given a call that never returns, then the one behind it is answered by a new thread and the interpreter exits."""
+    done = subprocess.run([sys.executable, "-c", HANGING], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[('hung', 'Hung', None), ('next', 'NoneType', 42)] 1"
+
+
+def test_a_model_too_large_for_the_device_is_no_fault_of_the_items(bench: Bench) -> None:
+    """Given a model that runs out of memory while it loads, then its items wait for a retry."""
+    stages = bench.stages(kinds=[Numbers])
+
+    def too_large() -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    stages[0].load = too_large  # type: ignore[method-assign]
+    results = bench.run(items("a", "b"), stages)
+    assert {(result.outcome.status, result.outcome.error_class) for result in results} == {
+        (Status.RETRYABLE, "model_unavailable")
+    }
+
+
+def test_the_record_names_the_models_that_answered(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given a stage that says who answered, then its outcomes say so, and not who might have."""
+    make = Numbers.assemble
+    monkeypatch.setattr(Numbers, "assemble", lambda *given: replace(make(*given), models=("small@1", "vad@2")))
+    (result,) = bench.run(items("a"), bench.stages(kinds=[Numbers]))
+    assert result.outcome.model == "small@1, vad@2"
+
+
+def test_an_input_too_large_alone_is_set_aside(bench: Bench) -> None:
+    """Given a GPU out of memory on one item even alone, then that item is set aside and its neighbours are done."""
+
+    def fault(method: str, media_id: str) -> object:
+        if method == "infer" and media_id == "b":
+            raise RuntimeError("CUDA failed with error out of memory")
+        return None
+
+    results = by_key(bench.run(items("a", "b", "c"), bench.stages(fault, [Numbers])))
+    assert {key[0] for key, result in results.items() if not result.done} == {"b"}
+    outcome = results["b", "numbers"].outcome
+    assert (outcome.status, outcome.error_class) == (Status.QUARANTINED, "out_of_memory")

@@ -275,7 +275,8 @@ def test_a_model_change_recomputes_exactly_its_dependants(
     catalogue = CATALOGUE.read_text()
     head, mark, tail = catalogue.partition("[[offline.toxicity]]")
     assert mark
-    changed = tail.replace('licence = "', 'precision = "fp64"\nlicence = "', 1)
+    changed = tail.replace("max_characters = 100", "max_characters = 99", 1)
+    assert changed != tail
     (installation.home / "models.toml").write_text(head + mark + changed)
     try:
         summary = installation.json("run", str(SAMPLES))

@@ -14,8 +14,9 @@ from PIL import Image, ImageDraw, ImageFont
 from media_assets import schemas
 from media_assets.ocr_text import OcrText
 from media_assets.stage import Inputs, MediaItem, Product
-from resources.errors import NotApplicable
-from resources.models.registry import ModelRegistry
+from resources.errors import ModelUnavailable, NotApplicable
+from resources.models.registry import CATALOGUE, ModelRegistry
+from resources.settings import Settings
 from resources.storage import DerivedStore
 
 SIZE = (480, 270)
@@ -174,3 +175,53 @@ def test_what_has_no_picture_is_not_applicable(desk: Desk, kind: str) -> None:
     desk.put_media("item", kind)
     with pytest.raises(NotApplicable, match=kind):
         desk.stage.prepare(Inputs(MediaItem("item", "file:///item", "1"), desk.store, "v1"))
+
+
+def routed(folder: Path, cache: Path, catalogue: str) -> OcrText:
+    """The stage with another catalogue, on the session's built weights."""
+    (folder / "models").symlink_to(cache)
+    path = folder / "models.toml"
+    path.write_text(catalogue)
+    models = ModelRegistry(Settings(home=folder), path)
+    return OcrText(models.settings, models)
+
+
+def readers(product: Product) -> tuple[set[str], list[str]]:
+    """Names in the column `model`, and of the models that answered for the item."""
+    assert product.models is not None
+    rows = {name.partition("@")[0] for name in product.table["model"].to_pylist()}
+    return rows, [name.partition("@")[0] for name in product.models]
+
+
+def test_sure_lines_are_read_by_the_cheap_reader_alone(desk: Desk) -> None:
+    """Given clear print, some of it upside down, then the first reader of the route answers for every line."""
+    page = card(("Opening words", 40, 60), ("Second line below", 40, 150))
+    for picture in (page, page.rotate(180)):
+        product = desk.read("image", [picture])
+        assert texts(product) == ["Opening words", "Second line below"]
+        assert readers(product) == ({"ppocr-v6-rec-small"}, ["ppocr-v6-rec-small", "ppocr-v6-det-small"])
+
+
+def test_lines_nobody_is_sure_of_go_to_the_next_reader(models: ModelRegistry, tmp_path: Path) -> None:
+    """Given a threshold no reading reaches, then the champion reads every line, and rows and item say so."""
+    sceptical = CATALOGUE.read_text().replace("min_confidence = [0.6]", "min_confidence = [2.0]")
+    product = Desk(routed(tmp_path, models.cache, sceptical), DerivedStore(tmp_path / "derived")).read(
+        "image", [card(("Opening words", 40, 60), ("Second line below", 40, 150)).rotate(180)]
+    )
+    assert texts(product) == ["Opening words", "Second line below"]
+    assert readers(product) == ({"easyocr-english-g2"}, ["easyocr-english-g2", "ppocr-v6-det-small"])
+
+
+def test_a_reader_that_does_not_load_is_replaced_as_declared(models: ModelRegistry, tmp_path: Path) -> None:
+    """Given weights that are not the pinned ones, then the fallback reads, and without one the item fails."""
+    pinned = "6f327246b50388f3c176ae304bd95767ea6dc0c9ae92153ef8cbe210b3c14884"
+    damaged = CATALOGUE.read_text().replace(pinned, "0" * 64)
+    stage = routed(tmp_path, models.cache, damaged)
+    stage.load()
+    product = Desk(stage, DerivedStore(tmp_path / "derived")).read("image", [card(("Opening words", 40, 60))])
+    assert texts(product) == ["Opening words"]
+    assert readers(product) == ({"easyocr-english-g2"}, ["easyocr-english-g2", "ppocr-v6-det-small"])
+    (tmp_path / "alone").mkdir()
+    alone = damaged.replace('fallback = ["easyocr-english-g2", "ppocr-v6-rec-small"]', "")
+    with pytest.raises(ModelUnavailable, match="of ppocr-v6-rec-small"):
+        routed(tmp_path / "alone", models.cache, alone).load()

@@ -19,12 +19,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from media_assets import schemas
+from media_assets.routing import Answered
 from media_assets.stage import Inputs, MediaItem, Prepared, Product, Unit
 from media_assets.transcript import Payload, Transcript, sentences
 from resources.errors import Failure, ModelUnavailable, NotApplicable
 from resources.models.alignment import WordAligner
 from resources.models.diarization import Turn, speaker_of
-from resources.models.registry import ModelRegistry, ModelSpec
+from resources.models.registry import CATALOGUE, ModelRegistry, ModelSpec
 from resources.models.vad import SAMPLE_RATE, Span, merge
 from resources.models.whisper import Recognised, Stretch, Word
 from resources.settings import Settings
@@ -165,7 +166,7 @@ def assert_sound_rows(product: Product, duration_s: float) -> None:
         assert 0 < row["confidence"] <= 1
         assert row["timing"] == "whisper"
         assert row["speaker"] is None
-        assert row["model"].startswith("whisper-base@")
+        assert row["model"].startswith(("whisper-base-short@", "whisper-base@"))
         assert " ".join(word["word"] for word in row["words"]) == row["text"]
         for word in row["words"]:
             assert at_s <= word["start_s"] <= word["end_s"] <= row["end_s"]
@@ -197,7 +198,7 @@ def test_later_stretch_has_the_items_language_in_whatever_batch_it_comes(stage: 
     whole = stage.infer(prepared.units)
     pieces = {key: answer for unit in prepared.units for key, answer in stage.infer([unit]).items()}
     assert whole == pieces
-    assert [answer.language for answer in whole.values() if isinstance(answer, Recognised)] == ["en", "en"]
+    assert [found.answer.language for found in whole.values() if isinstance(found, Answered)] == ["en", "en"]
 
 
 def test_what_is_not_speech_yields_no_rows(stage: Transcript, library: Library) -> None:
@@ -216,10 +217,10 @@ def test_what_is_not_speech_yields_no_rows(stage: Transcript, library: Library) 
 
     # Even if voice activity were fooled, the recogniser does not believe its own inventions.
     forced: list[Unit[Payload]] = [Unit(name, Stretch(samples, samples)) for name, samples in pcm.items()]
-    for answer in stage.infer(forced).values():
-        assert isinstance(answer, Recognised)
-        assert answer.words == ()
-        assert answer.rejected
+    for found in stage.infer(forced).values():
+        assert isinstance(found, Answered)
+        assert found.answer.words == ()
+        assert found.answer.rejected
 
 
 def test_a_failing_unit_is_answered_by_name_and_its_neighbours_are_not_lost(stage: Transcript) -> None:
@@ -232,8 +233,8 @@ def test_a_failing_unit_is_answered_by_name_and_its_neighbours_are_not_lost(stag
             Unit("long", Stretch(long, long)),
         ]
     )
-    assert isinstance(answers["good"], Recognised)
-    assert "lazy dog" in answers["good"].text
+    assert isinstance(answers["good"], Answered)
+    assert "lazy dog" in answers["good"].answer.text
     for bad in ("empty", "long"):
         failure = answers[bad]
         assert isinstance(failure, Failure)
@@ -284,7 +285,7 @@ def test_preview_is_a_small_picture_of_the_waveform(stage: Transcript, library: 
 
 
 def test_version_covers_every_model_of_the_profile(models: ModelRegistry, tmp_path: Path) -> None:
-    assert [spec.task for spec in Transcript(models.settings, models).specs()] == ["asr", "vad"]
+    assert [spec.task for spec in Transcript(models.settings, models).specs()] == ["asr", "asr", "vad"]
     settings = Settings(home=tmp_path, profile="gpu")
     assert [spec.task for spec in Transcript(settings, ModelRegistry(settings)).specs()] == [
         "asr",
@@ -413,3 +414,21 @@ def test_configured_alignment_model_gives_the_word_times(tmp_path: Path, monkeyp
     monkeypatch.setattr(nltk.data, "path", [])
     with pytest.raises(ModelUnavailable, match="punkt_tab"):
         WordAligner(spec, tmp_path / "cache")
+
+
+def test_unsure_stretches_are_heard_again_and_rows_name_who_answered(
+    models: ModelRegistry, stage: Transcript, library: Library, tmp_path: Path
+) -> None:
+    """Given clear speech, then the short windows answer; given a threshold nothing reaches, the full ones do."""
+    speech = library.sound("speech", say(SECOND, "en-us"))
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "models").symlink_to(models.cache)
+    path = home / "models.toml"
+    path.write_text(CATALOGUE.read_text().replace("min_confidence = [0.67]", "min_confidence = [2.0]"))
+    sceptical = ModelRegistry(Settings(home=home), path)
+    for heard_by, name in ((stage, "whisper-base-short"), (Transcript(sceptical.settings, sceptical), "whisper-base")):
+        (product,) = together(heard_by, [speech])
+        assert "over the lazy dog" in text_of(product)
+        assert {row.partition("@")[0] for row in product.table["model"].to_pylist()} == {name}
+        assert [answered.partition("@")[0] for answered in product.models or ()] == [name, "silero-vad-v6"]

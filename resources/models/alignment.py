@@ -32,6 +32,7 @@ class WordAligner:
 
     def __init__(self, spec: ModelSpec, cache: Path) -> None:
         """Raises ModelUnavailable: weights missing, or NLTK's sentence data, which whisperx needs."""
+        spec.require("fp32")
         self.parameters = AlignmentParameters(**spec.parameters)
         weights = locate(spec, cache)
         if "config.json" not in weights:

@@ -41,6 +41,7 @@ class Diarizer:
 
     def __init__(self, spec: ModelSpec, cache: Path) -> None:
         """Raises ModelUnavailable: weights missing or not loadable."""
+        spec.require("fp32")
         self.parameters = DiarizationParameters(**spec.parameters)
         weights = locate(spec, cache)
         if "config.yaml" not in weights:

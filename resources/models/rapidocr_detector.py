@@ -38,6 +38,7 @@ class RapidTextDetector:
 
     def __init__(self, spec: ModelSpec, cache: Path) -> None:
         """Load the network. Raises ModelUnavailable."""
+        spec.require("fp32")
         weights = locate(spec, cache)[WEIGHTS]
         try:
             from rapidocr import RapidOCR

@@ -24,6 +24,7 @@ class RapidTextReader:
 
     def __init__(self, spec: ModelSpec, cache: Path) -> None:
         """Load the network. Raises ModelUnavailable."""
+        spec.require("fp32")
         weights = locate(spec, cache)[WEIGHTS]
         try:
             from rapidocr import RapidOCR
@@ -48,16 +49,26 @@ class RapidTextReader:
         `picture` is uint8 [height, width, 3] RGB; each quad float32 [4, 2] in its pixels, clockwise from
         the top left *of the text*, at least one pixel wide and high.
         """
-        from rapidocr.utils.process_img import get_rotate_crop_image
-
         bgr = np.ascontiguousarray(picture[:, :, ::-1])
-        return tuple(self._read_line(get_rotate_crop_image(bgr, quad.copy())) for quad in quads)
+        return tuple(self._read_line(_upright(bgr, quad)) for quad in quads)
 
     def _read_line(self, crop: Picture) -> Reading:
         found = self._engine(crop)
         if not found.txts:
             return Reading("", 0.0)
         return Reading(str(found.txts[0]), float(found.scores[0]))
+
+
+def _upright(picture: Picture, quad: Quad) -> Picture:
+    """The quad's pixels as an upright rectangle. RapidOCR's own cut also turns tall ones, which hides the way up."""
+    import cv2
+
+    sides = np.linalg.norm(quad - np.roll(quad, -1, axis=0), axis=1)
+    width, height = max(1, round(max(sides[0], sides[2]))), max(1, round(max(sides[1], sides[3])))
+    target = np.array([[0, 0], [width, 0], [width, height], [0, height]], np.float32)
+    matrix = cv2.getPerspectiveTransform(np.asarray(quad, np.float32), target)
+    cut = cv2.warpPerspective(picture, matrix, (width, height), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+    return np.asarray(cut, np.uint8)
 
 
 def load(spec: ModelSpec, cache: Path) -> RapidTextReader:

@@ -6,18 +6,23 @@ import hashlib
 import json
 import threading
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from resources.errors import ModelUnavailable
 from resources.settings import Settings
 
 T = TypeVar("T")
 CATALOGUE = Path(__file__).with_name("models.toml")
+ROUTES = "routes"
+"""The key of a profile that holds its routes; every other one is a task."""
+
+
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
 
 class ModelSpec(BaseModel):
@@ -31,20 +36,65 @@ class ModelSpec(BaseModel):
     source: str = Field(description="where weights come from: pypi:<package>, hf:<repo>@<revision>, file:<path>, s3://")
     sha256: Mapping[str, str] = Field(default={}, description="SHA-256 of each weight file, by name")
     parameters: Mapping[str, Any] = Field(default={}, description="what the adapter is given")
-    precision: str = Field(default="fp32", description="fp32, fp16, bf16 or int8")
+    precision: Precision = Field(default="fp32", description="fp32, fp16, bf16 or int8")
+    compile: bool = Field(default=False, description="compile the network with torch.compile")
+    batch_size: int | None = Field(
+        default=None, ge=1, description="units per call; default: as tuned, else the stage's"
+    )
+    max_wait_ms: int = Field(default=20, ge=0, description="how long a served model waits for a batch to fill, ms")
     licence: str = Field(description="licence of the weights")
     memory_bytes: int = Field(default=0, description="resident memory once loaded, bytes, as measured")
 
     @property
     def digest(self) -> str:
         """SHA-256 (hex) over everything that can change the model's answers."""
-        identity = self.model_dump(mode="json", exclude={"licence", "memory_bytes"})
+        identity = self.model_dump(mode="json", exclude={"licence", "memory_bytes", "batch_size", "max_wait_ms"})
+        if not self.compile:  # so that the default leaves the digest what it was before there was a choice
+            del identity["compile"]
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+    def require(self, *precisions: str, compiles: bool = False) -> None:
+        """Raises ModelUnavailable where the adapter, which does these, cannot do what the entry asks for."""
+        if self.precision not in precisions:
+            raise ModelUnavailable(
+                f"Model {self.name} ({self.task}) cannot run in {self.precision}.", f"Use {' or '.join(precisions)}."
+            )
+        if self.compile and not compiles:
+            raise ModelUnavailable(f"Model {self.name} ({self.task}) cannot be compiled.", "Remove compile = true.")
 
     @property
     def identity(self) -> str:
         """`name@first 12 of the digest`: the `model` column of every row it makes."""
         return f"{self.name}@{self.digest[:12]}"
+
+
+class Route(BaseModel):
+    """How the models of a task are asked: in order, the next only where the one before was not sure of its answer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    task: str = Field(description="the task whose models these are")
+    models: tuple[str, ...] = Field(min_length=1, description="names of the models, the cheapest first")
+    min_confidence: tuple[float, ...] = Field(
+        default=(), description="confidence (0-1) at which the answer of each model but the last is kept"
+    )
+    fallback: tuple[str, ...] = Field(
+        default=(), description="models that answer, the first that works, in place of one that does not load or raises"
+    )
+    enabled: bool = Field(default=True, description="false: only the champion is asked, as if there were no route")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if len(self.min_confidence) != len(self.models) - 1:
+            raise ValueError("min_confidence needs a value for every model but the last")
+        if len(set(self.models)) < len(self.models):
+            raise ValueError("a model is named twice")
+        return self
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) over everything that can change which model answers."""
+        return hashlib.sha256(self.model_dump_json(exclude={"enabled"}).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +104,17 @@ class _Key:
 
 
 class ModelRegistry:
-    """Resolves specs and keeps loaded models: every model is loaded once per process, under a lock."""
+    """Resolves specs and keeps loaded models: every model is loaded once per process, under a lock of its own."""
 
     def __init__(self, settings: Settings, catalogue: Path | None = None) -> None:
         self.settings = settings
         self.profile = settings.profile
         override = settings.home / "models.toml"
         self.path = catalogue or (override if override.exists() else CATALOGUE)
-        self._specs = _read(self.path, self.profile)
+        self._specs, self._routes = _read(self.path, self.profile)
         self._loaded: dict[_Key, Any] = {}
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
+        self._loading: dict[_Key, threading.RLock] = {}
         self.loads: dict[str, int] = {}
 
     @property
@@ -89,20 +140,59 @@ class ModelRegistry:
         """Every model of `task`, champion first."""
         return tuple(self._specs.get(task, ()))
 
+    def route(self, task: str) -> Route:
+        """The route of `task`; one without a declared route asks its champion. Raises ModelUnavailable."""
+        return self._routes.get(task) or Route(task=task, models=(self.spec(task).name,))
+
+    def routes(self, tasks: Sequence[str]) -> tuple[Route, ...]:
+        """The declared routes among `tasks`."""
+        return tuple(self._routes[task] for task in tasks if task in self._routes)
+
+    def asked(self, task: str) -> tuple[ModelSpec, ...]:
+        """Every model that may answer for `task`, in the order of its route, fallbacks last."""
+        route = self.route(task)
+        return tuple(self.spec(task, name) for name in dict.fromkeys((*route.models, *route.fallback)))
+
     def loaded(self, spec: ModelSpec, load: Callable[[], T]) -> T:
-        """The loaded model of `spec`, made by `load` on first use in this process."""
+        """The loaded model of `spec`, made by `load` on first use in this process.
+
+        A model that hangs while it loads holds up no other.
+        """
         key = _Key(spec.task, spec.digest)
         with self._lock:
+            turn = self._loading.setdefault(key, threading.RLock())
+        with turn:
             if key not in self._loaded:
                 self._loaded[key] = load()
                 self.loads[spec.identity] = self.loads.get(spec.identity, 0) + 1
             return self._loaded[key]  # type: ignore[no-any-return]
 
 
-def _read(path: Path, profile: str) -> dict[str, tuple[ModelSpec, ...]]:
+def _read(path: Path, profile: str) -> tuple[dict[str, tuple[ModelSpec, ...]], dict[str, Route]]:
     document = tomllib.loads(path.read_text())
     if profile not in document:
         raise ModelUnavailable(f"{path.name} has no profile {profile}.", f"It has: {', '.join(document)}.")
-    return {
-        task: tuple(ModelSpec(task=task, **entry) for entry in entries) for task, entries in document[profile].items()
-    }
+    tasks = dict(document[profile])
+    declared = tasks.pop(ROUTES, [])
+    specs = {task: tuple(ModelSpec(task=task, **entry) for entry in entries) for task, entries in tasks.items()}
+    routes = [_route(entry, specs, path) for entry in declared]
+    if len({route.task for route in routes}) < len(routes):
+        raise ModelUnavailable(f"{path.name} has two routes for one task in profile {profile}.", "Keep one of them.")
+    return specs, {route.task: route for route in routes if route.enabled}
+
+
+def _route(entry: Mapping[str, Any], specs: Mapping[str, Sequence[ModelSpec]], path: Path) -> Route:
+    try:
+        route = Route(**entry)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}".removeprefix(": ") for e in error.errors())
+        raise ModelUnavailable(
+            f"A route of {path.name} ({entry.get('task', 'without a task')}) is wrong: {problems}.", "Mend the route."
+        ) from error
+    known = [spec.name for spec in specs.get(route.task, ())]
+    if unknown := [name for name in (*route.models, *route.fallback) if name not in known]:
+        raise ModelUnavailable(
+            f"The route of task {route.task} in {path.name} names unknown models: {', '.join(unknown)}.",
+            f"The task has: {', '.join(known) or 'no models'}.",
+        )
+    return route

@@ -42,7 +42,8 @@ class ProfanityCheck:
     It knows offensive words, not meaning: "I will hurt you" scores 0.44, "damn" 0.98.
     """
 
-    def __init__(self, _spec: ModelSpec, _weights: Mapping[str, Path]) -> None:
+    def __init__(self, spec: ModelSpec, _weights: Mapping[str, Path]) -> None:
+        spec.require("fp32")
         # The package unpickles its own files on import; their digests have been verified by then.
         from profanity_check import predict_prob
 

@@ -33,6 +33,8 @@ class TransformersImageClassifier:
         except _REFUSALS as error:
             raise _unreadable_checkpoint(spec, error) from error
         self._model = model.to(self._device, dtype=_torch_dtype(spec, self._device)).eval()
+        if spec.compile:
+            self._model.compile()
         self._activation = _activation(spec)
 
     def score(self, pictures: Sequence[Picture]) -> list[dict[str, float]]:
@@ -59,6 +61,8 @@ class TransformersTextClassifier:
         except _REFUSALS as error:
             raise _unreadable_checkpoint(spec, error) from error
         self._model = model.to(self._device, dtype=_torch_dtype(spec, self._device)).eval()
+        if spec.compile:
+            self._model.compile()
         self._activation = _activation(spec)
         self._max_tokens = int(spec.parameters.get("max_tokens", 512))
 
@@ -95,10 +99,7 @@ def _torch_dtype(spec: ModelSpec, device: str) -> Any:
     import torch
 
     kinds = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    if spec.precision not in kinds:
-        raise ModelUnavailable(
-            f"Model {spec.name} ({spec.task}) cannot run in {spec.precision}.", f"Use one of {', '.join(kinds)}."
-        )
+    spec.require(*kinds, compiles=True)
     return torch.float32 if device == "cpu" else kinds[spec.precision]
 
 

@@ -54,6 +54,7 @@ class TransNet:
 
     def __init__(self, spec: ModelSpec, cache: Path) -> None:
         """Load the weights. Raises ModelUnavailable."""
+        spec.require("fp32", compiles=True)
         import torch
 
         weights = locate(spec, cache)[WEIGHTS]
@@ -68,6 +69,8 @@ class TransNet:
             ) from error
         self._model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
         self._model.eval()
+        if spec.compile:
+            self._model.compile()
 
     def score(self, batch: Sequence[npt.NDArray[np.uint8]]) -> list[Scores]:
         """Scores of windows, each uint8 [100, 27, 48, 3] RGB, in order."""

@@ -43,6 +43,7 @@ class SpeechDetector:
 
     def __init__(self, spec: ModelSpec, cache: Path) -> None:
         """Raises ModelUnavailable: faster-whisper missing, or its VAD asset not the pinned one."""
+        spec.require("fp32")
         locate(spec, cache)
         self.parameters = VadParameters(**spec.parameters)
         try:

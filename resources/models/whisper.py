@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -44,6 +45,10 @@ class WhisperParameters(BaseModel):
     max_compression: float = Field(2.4, gt=1, description="zlib compression ratio above which text is repetitive")
     retry_ngram: int = Field(3, ge=1, description="n-grams that may not repeat when doubtful text is decoded again")
     chunk_s: float = Field(30.0, gt=1, le=WINDOW_S, description="longest stretch given to the model, seconds")
+    window_step_s: float | None = Field(
+        None, gt=0, le=WINDOW_S, description="windows end with the speech, rounded up to this; default: always 30 s"
+    )
+    window_margin_s: float = Field(1.0, ge=0, description="quiet kept at the end of such a window, seconds")
     max_pause_s: float = Field(4.0, ge=0, description="pauses up to this are kept inside a stretch, seconds")
 
 
@@ -77,13 +82,15 @@ class Recognised:
     """What was said in one stretch.
 
     `words` is empty and `rejected` says why (no_speech, improbable, repetitive) where the text was not believed.
-    `timing` is whisper (cross-attention) or aligned (forced alignment).
+    `timing` is whisper (cross-attention) or aligned (forced alignment). `confidence` is the geometric mean of the
+    tokens' probabilities as the model spoke them, 0-1; 0 where the text was not believed.
     """
 
     language: str
     words: tuple[Word, ...] = ()
     rejected: str = ""
     timing: str = "whisper"
+    confidence: float = 0.0
 
     @property
     def text(self) -> str:
@@ -102,11 +109,13 @@ class _Hypothesis:
 class WhisperRecogniser:
     """Whisper (https://arxiv.org/abs/2212.04356) through faster-whisper, the engine under WhisperX.
 
-    Answers depend on the stretch and its probe alone, never on what else is in the batch or came before.
+    Answers depend on the stretch and its probe alone, never on what else is in the batch or came before. Whisper
+    was trained on windows of 30 s; with `window_step_s` it gets shorter ones, which cost what they last.
     """
 
     def __init__(self, spec: ModelSpec, cache: Path) -> None:
         """Loads verified weights on cuda where present, else on the CPU in int8. Raises ModelUnavailable."""
+        spec.require("fp32", "fp16", "bf16", "int8")
         self.parameters = WhisperParameters(**spec.parameters)
         weights = locate(spec, cache)
         if "model.bin" not in weights:
@@ -143,46 +152,82 @@ class WhisperRecogniser:
         for key in keys:
             if not 0 < len(stretches[key].samples) <= WINDOW_S * SAMPLE_RATE:
                 raise ModelFailed(f"A stretch of speech has {len(stretches[key].samples)} samples.", "Report this.")
-        encoded = self._encode([stretches[key].samples for key in keys])
-        languages = self._languages([stretches[key] for key in keys], encoded)
-        hypotheses = self._decode(encoded, languages)
+        languages: dict[bytes, str] = {}
+        answers: dict[str, Recognised] = {}
+        for frames, members in self._windows(stretches).items():
+            answers |= self._transcribe({key: stretches[key] for key in members}, frames, languages)
+        return answers
+
+    def _windows(self, stretches: Mapping[str, Stretch]) -> dict[int, list[str]]:
+        """Keys of the stretches by the length of their window, frames."""
+        grouped: dict[int, list[str]] = defaultdict(list)
+        for key, stretch in stretches.items():
+            grouped[self._window(stretch.samples)].append(key)
+        return grouped
+
+    def _window(self, samples: npt.NDArray[np.int16]) -> int:
+        step_s, longest = self.parameters.window_step_s, WINDOW_S * FRAMES_PER_S
+        if step_s is None:
+            return longest
+        steps = math.ceil((len(samples) / SAMPLE_RATE + self.parameters.window_margin_s) / step_s)
+        return min(longest, round(steps * step_s * FRAMES_PER_S))
+
+    def _transcribe(
+        self, stretches: Mapping[str, Stretch], window: int, languages: dict[bytes, str]
+    ) -> dict[str, Recognised]:
+        """Words of stretches that share a window of `window` frames; `languages` by probe is filled on the way."""
+        keys = list(stretches)
+        encoded = self._encode([stretches[key].samples for key in keys], window)
+        self._tell_languages([stretches[key] for key in keys], encoded, languages)
+        spoken = [languages[_fingerprint(stretches[key].probe)] for key in keys]
+        hypotheses = self._decode(encoded, spoken)
         reasons = [self._doubt(h, final=True) for h in hypotheses]
         frames = [-(-len(stretches[key].samples) * FRAMES_PER_S // SAMPLE_RATE) for key in keys]
         believed = [row for row, reason in enumerate(reasons) if not reason]
-        words = self._align(encoded, languages, hypotheses, frames, believed)
-        return {key: self._answer(languages[row], words.get(row, ()), reasons[row]) for row, key in enumerate(keys)}
+        words = self._align(encoded, spoken, hypotheses, frames, believed)
+        return {
+            key: self._answer(spoken[row], words.get(row, ()), reasons[row], hypotheses[row].logprob)
+            for row, key in enumerate(keys)
+        }
 
-    def _answer(self, language: str, words: tuple[Word, ...], reason: str) -> Recognised:
+    def _answer(self, language: str, words: tuple[Word, ...], reason: str, logprob: float) -> Recognised:
         code = ISO_639_1.get(language, language)
         if not reason and words and mean_confidence(words) < self.parameters.min_confidence:
             reason = "improbable"
-        return Recognised(code, () if reason else words, reason)
+        if reason:
+            return Recognised(code, rejected=reason)
+        return Recognised(code, words, confidence=min(1.0, math.exp(logprob)))
 
-    def _encode(self, rows: Sequence[npt.NDArray[np.int16]]) -> npt.NDArray[Any]:
-        """Encoder output [rows, 1500, width] of log-mel spectrograms padded to 30 s."""
+    def _encode(self, rows: Sequence[npt.NDArray[np.int16]], window: int) -> npt.NDArray[Any]:
+        """Encoder output [rows, window / 2, width] of log-mel spectrograms padded to `window` frames."""
         import ctranslate2
         from faster_whisper.audio import pad_or_trim
 
         extract = self._model.feature_extractor
-        features = [pad_or_trim(extract(row.astype(np.float32) / FULL_SCALE)[..., :-1]) for row in rows]
+        features = [pad_or_trim(extract(row.astype(np.float32) / FULL_SCALE)[..., :-1], window) for row in rows]
         batch = ctranslate2.StorageView.from_array(np.ascontiguousarray(np.stack(features)))
         # On the host, so that rows can be regrouped by language; a few megabytes per row.
         return np.array(self._model.model.encode(batch, to_cpu=True))
 
-    def _languages(self, stretches: Sequence[Stretch], encoded: npt.NDArray[Any]) -> list[str]:
-        """Language of each row from its probe; each distinct probe is looked at once, encoded anew only if needed."""
+    def _tell_languages(self, stretches: Sequence[Stretch], encoded: npt.NDArray[Any], known: dict[bytes, str]) -> None:
+        """Languages of the probes not `known` yet; a probe that is itself a stretch is not encoded again."""
+        probes = {key: stretch.probe for stretch in stretches if (key := _fingerprint(stretch.probe)) not in known}
         if not self._model.model.is_multilingual:
-            return ["en"] * len(stretches)
+            known.update(dict.fromkeys(probes, "en"))
+            return
         rows = {_fingerprint(stretch.samples): row for row, stretch in enumerate(stretches)}
-        probes = {_fingerprint(stretch.probe): stretch.probe for stretch in stretches}
-        extra = {key: probe for key, probe in probes.items() if key not in rows}
-        inputs = encoded[[rows[key] for key in probes if key in rows]]
-        if extra:
-            inputs = np.concatenate([inputs, self._encode(list(extra.values()))])
-        found = self._model.model.detect_language(_storage(inputs))
-        order = [key for key in probes if key in rows] + list(extra)
-        by_probe = {key: self._best_language(pairs) for key, pairs in zip(order, found, strict=True)}
-        return [by_probe[_fingerprint(stretch.probe)] for stretch in stretches]
+        windows: dict[int, list[bytes]] = defaultdict(list)
+        for key, probe in probes.items():
+            if key not in rows:
+                windows[self._window(probe)].append(key)
+        if inside := [key for key in probes if key in rows]:
+            known.update(self._languages(inside, encoded[[rows[key] for key in inside]]))
+        for window, keys in windows.items():
+            known.update(self._languages(keys, self._encode([probes[key] for key in keys], window)))
+
+    def _languages(self, keys: Sequence[bytes], encoded: npt.NDArray[Any]) -> dict[bytes, str]:
+        found = self._model.model.detect_language(_storage(encoded))
+        return {key: self._best_language(pairs) for key, pairs in zip(keys, found, strict=True)}
 
     def _best_language(self, pairs: Sequence[tuple[str, float]]) -> str:
         codes = [token[2:-2] for token, _ in pairs]

@@ -1,0 +1,161 @@
+"""Routes between models against their champions alone: what they save and what they lose, on one golden set.
+
+    python benchmarks/routing.py GOLDEN [--home HOME] [--models HOME]
+
+Decodes the golden media (finished ones in HOME are taken as they are). Then every micro-batch, as the engine
+would form it across items, goes through both variants of `ocr_text` and `transcript`, one right after the
+other and first by turns, models loaded and warm: cost is what `infer` takes, wall and CPU seconds. The
+tables of both are measured by `evals/ocr` and `evals/asr`.
+
+Ends with one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import re
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from cli.run import Work
+from evals.evaluate import evaluate
+from evals.golden import Golden
+from evals.result import Reader
+from media_assets.ocr_text import OcrText
+from media_assets.stage import Inputs, MediaItem, Prepared, Stage, Unit
+from media_assets.transcript import Transcript
+from resources.errors import NotApplicable
+from resources.library import Library
+from resources.models.registry import CATALOGUE, ModelRegistry
+from resources.storage import DerivedStore
+
+DECODED = ("media", "frames", "audio")
+TASKS: dict[str, tuple[type[Stage[Any, Any]], str]] = {"ocr": (OcrText, "ocr"), "asr": (Transcript, "asr")}
+ROUTES = re.compile(r"^\[\[\w+\.routes\]\]\n(?:.+\n)+", re.MULTILINE)
+
+
+@dataclass
+class Variant:
+    """One way to answer: the stage with its models, a store of its own, and what it took."""
+
+    name: str
+    stage: Stage[Any, Any]
+    store: DerivedStore
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+    answers: dict[str, Any] = field(default_factory=dict)
+    rows: Counter[str] = field(default_factory=Counter)
+
+    def infer(self, units: Sequence[Unit[Any]]) -> None:
+        """Answer one micro-batch."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        self.answers.update(self.stage.infer(units))
+        self.wall_s += time.perf_counter() - wall
+        self.cpu_s += time.process_time() - cpu
+
+
+def prepared(library: Library, stage: Stage[Any, Any]) -> Iterator[tuple[Inputs, Prepared[Any]]]:
+    """Every item the stage applies to; both variants share what was prepared."""
+    for row in library.registry.live():
+        inputs = Inputs(MediaItem(row["media_id"], row["uri"], row["etag"]), library.store, "benchmark")
+        if library.store.exists("media", inputs.media_id):
+            try:
+                yield inputs, stage.prepare(inputs)
+            except NotApplicable:
+                continue
+
+
+def compare(library: Library, golden: Golden, variants: Sequence[Variant], task: str) -> dict[str, Any]:
+    """Figures of one task."""
+    items = list(prepared(library, variants[0].stage))
+    units = [replace(unit, id=f"{inputs.media_id}/{unit.id}") for inputs, made in items for unit in made.units]
+    for variant in variants:
+        variant.stage.load()
+        variant.stage.infer(units[:1])
+    sizes = [variant.stage.units_per_call() for variant in variants]
+    for first in range(0, len(units), math.lcm(*sizes)):
+        for variant, size in list(zip(variants, sizes, strict=True))[:: -1 if first else 1]:
+            for start in range(first, min(first + math.lcm(*sizes), len(units)), size):
+                variant.infer(units[start : start + size])
+    figures: dict[str, Any] = {"units": len(units)}
+    for variant in variants:
+        for inputs, made in items:
+            outputs = {unit.id: variant.answers[f"{inputs.media_id}/{unit.id}"] for unit in made.units}
+            product = variant.stage.assemble(inputs, made.carry, outputs)
+            variant.store.write(variant.stage.name, inputs.media_id, product.table)
+            variant.store.write("media", inputs.media_id, inputs.table("media"))
+            variant.rows.update(name.partition("@")[0] for name in product.table["model"].to_pylist())
+        result = evaluate(task, golden, Reader(variant.store, library.items()))
+        quality = {name: figure.value for name, figure in result.figures.items() if figure.better}
+        figures[variant.name] = {
+            "infer_s": round(variant.wall_s, 2),
+            "cpu_s": round(variant.cpu_s, 2),
+            "rows": dict(variant.rows),
+            "quality": quality,
+        }
+    champion, routed = variants
+    figures["saved_wall"] = round(champion.wall_s / routed.wall_s, 2)
+    figures["saved_cpu"] = round(champion.cpu_s / routed.cpu_s, 2)
+    return figures
+
+
+def show(task: str, figures: dict[str, Any]) -> None:
+    """One table for people."""
+    champion, routed = figures["champion"], figures["routed"]
+    print(f"\n{task}, {figures['units']} model inputs{'champion':>32}{'routed':>12}")
+    for name in ("infer_s", "cpu_s"):
+        print(f"{name:>40}{champion[name]:>16}{routed[name]:>12}")
+    for name, value in champion["quality"].items():
+        print(f"{name:>40}{value:>16.4f}{routed['quality'][name]:>12.4f}")
+    print(f"{'rows by model':>40}   {champion['rows']}   {routed['rows']}")
+    print(f"{'saved':>40}   {figures['saved_wall']} x wall, {figures['saved_cpu']} x CPU")
+
+
+def main() -> None:
+    """Measure, print tables and one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("golden")
+    parser.add_argument("--home", help="a home that may hold the decoded media already; default: a temporary one")
+    parser.add_argument("--only", choices=list(TASKS))
+    arguments = parser.parse_args()
+    golden = Golden.load(arguments.golden)
+    with tempfile.TemporaryDirectory(prefix="routing-") as folder:
+        library = Library.open(arguments.home or folder)
+        unrouted = Path(folder, "unrouted.toml")
+        unrouted.write_text(ROUTES.sub("", CATALOGUE.read_text()))
+        registries = {
+            "champion": ModelRegistry(library.settings, unrouted),
+            "routed": ModelRegistry(library.settings, CATALOGUE),
+        }
+        wanted = [item for item in golden.items if item.print or item.speech or item.screen_text]
+        results: dict[str, Any] = {}
+        try:
+            paths = [str(golden.media_folder / item.file) for item in wanted]
+            Work(library, Console(stderr=True), DECODED).run(paths)
+            for task in [arguments.only] if arguments.only else TASKS:
+                kind, evaluation = TASKS[task]
+                variants = [
+                    Variant(name, kind(library.settings, models), DerivedStore(Path(folder, task, name)))
+                    for name, models in registries.items()
+                ]
+                results[task] = compare(library, golden, variants, evaluation)
+                show(task, results[task])
+        finally:
+            library.close()
+    versions = {name: version(name) for name in ("media-assets", "torch", "onnxruntime", "ctranslate2")}
+    print(json.dumps({"name": "routing", **results, "python": platform.python_version(), "versions": versions}))
+
+
+if __name__ == "__main__":
+    main()
