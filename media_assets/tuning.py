@@ -18,6 +18,7 @@ SAMPLE_UNITS = 64
 LARGEST = 512
 WORTH = 1.05
 """How much faster a doubled micro-batch must be to be worth its memory."""
+OUT_OF_TIME = "out of time"
 PATIENCE = 2
 """Doublings in a row without that gain, after which growing ends."""
 
@@ -83,16 +84,22 @@ def trials(
         yield Trial(size, speed)
         # The next size takes about twice as long as this one, and twice over.
         if clock() - started + 4 * size / speed > budget_s:
+            yield Trial(2 * size, 0.0, OUT_OF_TIME)
             return
         size *= 2
 
 
 def best_of(tried: Sequence[Trial]) -> Tuned:
-    """The smallest micro-batch that is about as fast as the fastest. Raises NothingToTune where none fits memory."""
+    """The smallest micro-batch that is about as fast as the fastest.
+
+    Raises NothingToTune where none fits memory, and where time was up while larger ones were still faster.
+    """
     worked = [trial for trial in tried if not trial.stopped]
     if not worked:
         raise NothingToTune("Not even one unit fits into memory.", "Choose smaller models in models.toml.")
     fastest = max(trial.units_per_s for trial in worked)
+    if tried[-1].stopped == OUT_OF_TIME and worked[-1].units_per_s == fastest:
+        raise NothingToTune("The time was up before the fastest size was found.", "Give it more --seconds.")
     chosen = next(trial for trial in worked if trial.units_per_s * WORTH >= fastest)
     return Tuned(chosen.batch_size, round(chosen.units_per_s, 3))
 

@@ -79,7 +79,9 @@ def test_the_time_is_bounded(toys: ModelRegistry) -> None:
     device = Device(fixed_s=1.0, unit_s=0.5, memory=10_000)
     tried = list(trials(device.stage(toys), UNITS, 30, lambda: device.now))
     assert device.now <= 30
-    assert len(tried) == 4
+    assert (len(tried), tried[-1].stopped) == (5, "out of time")
+    with pytest.raises(NothingToTune, match="more --seconds"):
+        best_of(tried)
 
 
 def test_a_stage_uses_what_was_tuned_for_its_models_on_this_device(toys: ModelRegistry, tmp_path: Path) -> None:
