@@ -18,7 +18,6 @@ from resources.models.registry import ModelRegistry
 from resources.settings import Settings
 from tests.ray_cluster import Cluster, ray_cluster
 
-
 ON_RAY = ("test_on_ray", "test_serving")
 LONGEST = ("test_dagster", *ON_RAY, "test_main_job", "test_s3", "test_s3_events", "test_planner", "test_purge")
 
