@@ -26,6 +26,7 @@ from dagster._serdes import ConfigurableClassData, serialize_value
 from media_assets.partitions import HOST_TAG
 
 _GRPC_TAG = ".dagster/grpc_info"
+LOOPBACK = ("localhost", "127.0.0.1")
 _CLOCK_S = 2.0  # between the clocks of the event log and of the process table
 _FIRST_EVENTS = 20
 
@@ -73,8 +74,8 @@ class WarmRunLauncher(dg.DefaultRunLauncher):
     """Runs on this machine, in processes that stay: only a worker's first run imports libraries and loads models.
 
     A run goes to an idle worker, first to one that had the same job; without one a worker is started, up to
-    `workers`. Beyond these a run gets a process of its own from the code server, as with Dagster's default
-    launcher. Reloading the code location replaces the workers.
+    `workers`. Beyond these, and where the code server is on another machine, a run gets a process of its own from
+    the code server, as with Dagster's default launcher. Reloading the code location replaces the workers.
 
     Run monitoring learns from it of runs whose process is gone: with a code server that died (a power cut, the
     out-of-memory killer), killed workers, and runs of `media-assets run`. They would hold their slot for ever.
@@ -113,8 +114,9 @@ class WarmRunLauncher(dg.DefaultRunLauncher):
     def launch_run(self, context: LaunchRunContext) -> None:
         """Hand the run to a warm worker, or to a process of its own."""
         run = context.dagster_run
+        code = _code(context)
         with self._lock:
-            worker = self._free_worker(_code(context), run.job_name)
+            worker = self._free_worker(code, run.job_name) if code is not None else None
             if worker is not None:
                 # Told before it starts: were both to die now, run monitoring would know whose run it was.
                 self._instance.add_run_tags(run.run_id, {HOST_TAG: socket.gethostname()})
@@ -203,8 +205,8 @@ class WarmRunLauncher(dg.DefaultRunLauncher):
         return CheckRunHealthResult(WorkerStatus.FAILED, f"Its process {pid} is gone.", run_worker_id=str(pid))
 
 
-def _code(context: LaunchRunContext) -> str:
-    """What changes when the code location is reloaded."""
+def _code(context: LaunchRunContext) -> str | None:
+    """What changes when the code location is reloaded; None for one on another machine, which has its runs as well."""
     from dagster._core.remote_representation.code_location import GrpcServerCodeLocation
 
     origin = context.dagster_run.remote_job_origin
@@ -212,7 +214,9 @@ def _code(context: LaunchRunContext) -> str:
         return ""
     name = origin.repository_origin.code_location_origin.location_name
     location = context.workspace.get_code_location(name)
-    return location.server_id if isinstance(location, GrpcServerCodeLocation) else name
+    if not isinstance(location, GrpcServerCodeLocation):
+        return name
+    return location.server_id if location.socket or location.host in LOOPBACK else None
 
 
 def _is_local(run: dg.DagsterRun) -> bool:
@@ -223,7 +227,7 @@ def _is_local(run: dg.DagsterRun) -> bool:
     """
     if server := run.tags.get(_GRPC_TAG):
         told = json.loads(server)
-        return "socket" in told or told.get("host") in ("localhost", "127.0.0.1")
+        return "socket" in told or told.get("host") in LOOPBACK
     return run.tags.get(HOST_TAG) == socket.gethostname()
 
 
