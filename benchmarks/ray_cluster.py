@@ -42,7 +42,7 @@ from media_assets.partitions import add_partitions, explicit_batch_tags
 from resources.compute import Needs
 from resources.library import Library
 from resources.registry import Upload, discover
-from tests.ray_cluster import Cluster, ray_cluster
+from tests.cluster.ray_cluster import Cluster, ray_cluster
 
 ON_GPU = Group("decode", GROUPS[0].stages, Needs(cpus=1, gpus=1, memory_bytes=2**30), GROUPS[0].backfill_items)
 ASSETS = tuple(path.partition(":")[0] for path in ON_GPU.stages)

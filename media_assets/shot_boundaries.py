@@ -185,9 +185,11 @@ def _is_black_between(out: Boundary, back: Boundary, luma: Floats, rules: Rules)
 
 def _at_darkest(boundary: Boundary, luma: Floats, rules: Rules) -> Boundary:
     """A gradual transition from light through black to light, moved to the middle of the black."""
+    if boundary.kind != "gradual":
+        return boundary
     within = luma[boundary.first : boundary.last + 1]
     darkest = within.min()
-    if boundary.kind != "gradual" or not darkest <= rules.dark_luma < min(within[0], within[-1]):
+    if not darkest <= rules.dark_luma < min(within[0], within[-1]):
         return boundary
     black = np.flatnonzero(within <= darkest + DARKNESS_TIE)
     return replace(boundary, frame=boundary.first + int(black[len(black) // 2]))

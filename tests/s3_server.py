@@ -59,6 +59,7 @@ def s3_server() -> Iterator[str]:
         "-volume.max=1000",
         "-s3",
         "-iam=false",
+        "-s3.port.iceberg=0",  # else every server of the machine wants the same port
         f"-s3.config={identities}",
         *(f"-{name.replace('-', '.port.') if '-' in name else name + '.port'}={port}" for name, port in ports.items()),
         f"-filer.localSocket={folder}/filer.sock",

@@ -12,8 +12,8 @@ import dagster as dg
 import pytest
 
 from resources.ray_cluster import ClusterUnavailable, check_fits, check_reachable
-from tests import ray_job
-from tests.ray_cluster import Cluster
+from tests.cluster import ray_job
+from tests.cluster.ray_cluster import Cluster
 
 DEADLINE_S = 60.0
 
@@ -35,7 +35,7 @@ def instance(tmp_path: Path) -> Iterator[dg.DagsterInstance]:
 
 
 def run(job: dg.JobDefinition, instance: dg.DagsterInstance) -> dg.JobExecutionResult:
-    """The run of one of the jobs of tests/ray_job.py."""
+    """The run of one of the jobs of tests/cluster/ray_job.py."""
     return dg.execute_job(dg.reconstructable(job), instance, raise_on_error=False)
 
 

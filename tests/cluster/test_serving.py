@@ -28,8 +28,8 @@ from resources.ray_cluster import ClusterUnavailable, namespace
 from resources.serving import ServedModel, ServerDied
 from resources.settings import Alerts, Engine, Ray, Serving, Settings
 from resources.storage import DerivedStore
-from tests.ray_cluster import Cluster
-from tests.served_stages import Greedy, Newer, Obedient, Order, Other, ServedNumbers
+from tests.cluster.ray_cluster import Cluster
+from tests.cluster.served_stages import Greedy, Newer, Obedient, Order, Other, ServedNumbers
 
 DEADLINE_S = 20.0
 

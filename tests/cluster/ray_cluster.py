@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
-PROJECT = Path(__file__).parents[1]
+PROJECT = Path(__file__).parents[2]
 STORE_BYTES = 100 * 2**20
 ENVIRONMENT = {
     # Of the workers, and of the jobs they start.
