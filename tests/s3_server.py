@@ -59,7 +59,9 @@ def s3_server() -> Iterator[str]:
         "-volume.max=1000",
         "-s3",
         "-iam=false",
-        "-s3.port.iceberg=0",  # else every server of the machine wants the same port
+        # Fixed ports else, which another program of the machine may have.
+        "-s3.port.iceberg=0",
+        "-s3.port.lance=0",
         f"-s3.config={identities}",
         *(f"-{name.replace('-', '.port.') if '-' in name else name + '.port'}={port}" for name, port in ports.items()),
         f"-filer.localSocket={folder}/filer.sock",

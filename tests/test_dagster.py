@@ -31,7 +31,7 @@ from media_assets.versions import code_version
 from resources import process
 from resources.library import Library
 from resources.registry import Upload, discover
-from resources.settings import Settings
+from resources.settings import Index, Settings
 
 T = TypeVar("T")
 GROUPS = groups(Settings(home=Path("nowhere")))
@@ -500,14 +500,14 @@ def test_provenance_names_the_version_and_event_of_the_input(local: Local) -> No
 
 def test_buckets_can_be_the_partitions(library: Library, folder: Path) -> None:
     """Given partitions that are buckets, then a run over some of them makes their items, and each tells its sums."""
-    library.settings = library.settings.model_copy(update={"partitions": "bucket"})
+    # So many that the few items are hardly ever in one.
+    library.settings = library.settings.model_copy(update={"partitions": "bucket", "index": Index(buckets=64)})
     library.registry.add([found for found in discover([folder]) if isinstance(found, Upload)])
     items = [row["media_id"] for row in library.registry.live()]
     buckets = {media_id: partition_of(media_id, library.settings) for media_id in items}
     with dg.DagsterInstance.ephemeral() as instance:
         add_partitions(instance, library.settings, items)
-        first, *others = sorted({*buckets.values()})
-        assert others, "the sample falls into one bucket"
+        first = next(bucket for key, bucket in buckets.items() if not key.startswith("b-broken"))
         local = Local(library, instance, [first])
         one = local.run("media")
         (told,) = local.made(one, "media").values()
