@@ -84,7 +84,7 @@ def key(bucket: int) -> str:
 def exclusive(store: DerivedStore, name: str) -> Iterator[None]:
     """Hold the right to rebuild `name` on this machine; a dead holder frees it. Raises BucketBusy.
 
-    An object store has no such lock: there the orchestrator's concurrency pool keeps it to one run.
+    An object store has no such lock: there only the database's lock on rebuilds keeps them apart.
     """
     if not is_local(store):
         yield
