@@ -1,6 +1,6 @@
 """Many things going wrong at once, against a calm run over the same media.
 
-    python benchmarks/chaos.py [--items 100] [--seconds 240] [--kill-every 15] [--seed 7]
+    python -m benchmarks.chaos [--items 100] [--seconds 240] [--kill-every 15] [--seed 7]
 
 Photos, one in a hundred of them cut short, go through the decode group in batches of the planner, each in a process
 of its own, with media and derived files on a real S3 server behind a proxy. In the chaotic run the proxy answers

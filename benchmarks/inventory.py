@@ -1,6 +1,6 @@
 """The inventory of a large prefix in ticks, beside the stock way: list everything, every tick.
 
-    python benchmarks/inventory.py [--keys 200000] [--page 1000] [--budget 25] [--quiet 3] [--seaweedfs]
+    python -m benchmarks.inventory [--keys 200000] [--page 1000] [--budget 25] [--quiet 3] [--seaweedfs]
 
 A child process answers ListObjectsV2 and HEAD over HTTP on loopback as S3 does (1,000 keys per page, in the order of
 the bytes); a real store would need a quarter of an hour to be filled with 200,000 keys here. `--seaweedfs` fills and

@@ -1,6 +1,6 @@
 """Steps on a Ray cluster of separate raylets on this machine: where they run, what a dead node costs, what Ray costs.
 
-    python benchmarks/ray_cluster.py [--items 300] [--seed 7]
+    python -m benchmarks.ray_cluster [--items 300] [--seed 7]
 
 The same photos go through the decode stages, tagged as work for a GPU:
 
@@ -27,6 +27,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,14 +38,16 @@ import sqlalchemy as sa
 from benchmarks.chaos import photos
 from cli.instance import open_instance
 from jobs.on_ray import executor
-from media_assets.groups import GROUPS, Group, build_group
+from media_assets.grouping import groups
+from media_assets.groups import build_group
 from media_assets.partitions import add_partitions, explicit_batch_tags
 from resources.compute import Needs
 from resources.library import Library
 from resources.registry import Upload, discover
+from resources.settings import Settings
 from tests.cluster.ray_cluster import Cluster, ray_cluster
 
-ON_GPU = Group("decode", GROUPS[0].stages, Needs(cpus=1, gpus=1, memory_bytes=2**30), GROUPS[0].backfill_items)
+ON_GPU = replace(groups(Settings())[0], needs=Needs(cpus=1, gpus=1, memory_bytes=2**30))
 ASSETS = tuple(path.partition(":")[0] for path in ON_GPU.stages)
 ONE_CORE = {"MEDIA_DECODING__WORKERS": "1", "MEDIA_ENGINE__PREPARE_THREADS": "1"}
 POLL_S = 0.05
