@@ -28,10 +28,10 @@ from resources.errors import (
     Failure,
     Internal,
     ModelTimeout,
-    ModelUnavailable,
     NotApplicable,
     UpstreamFailed,
     is_out_of_memory,
+    not_loaded,
 )
 from resources.faults import fault
 from resources.outcomes import Claim, Cost, LostClaim, Outcome, OutcomeStore, Status, Withdrawn
@@ -776,14 +776,7 @@ def _loading_failure(stage: Stage[Any, Any]) -> Failure | None:
     try:
         stage.load()
     except BaseException as error:  # noqa: BLE001 - every unit of the stage carries it
-        if is_out_of_memory(error):  # no fault of the items, as it would be on a micro-batch of one
-            return Failure.of(
-                ModelUnavailable(
-                    f"There is too little memory to load the models of {stage.name}.",
-                    "Give the worker more memory, or choose smaller models in models.toml.",
-                )
-            )
-        return Failure.of(error)
+        return Failure.of(not_loaded(f"The models of {stage.name}", error))
     return None
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from resources.errors import ModelUnavailable
+from resources.errors import ModelUnavailable, not_loaded
 from resources.settings import Settings
 
 T = TypeVar("T")
@@ -156,14 +156,20 @@ class ModelRegistry:
     def loaded(self, spec: ModelSpec, load: Callable[[], T]) -> T:
         """The loaded model of `spec`, made by `load` on first use in this process.
 
-        A model that hangs while it loads holds up no other.
+        A model that hangs while it loads holds up no other. Raises ModelUnavailable, whatever `load` raised.
         """
         key = _Key(spec.task, spec.digest)
         with self._lock:
             turn = self._loading.setdefault(key, threading.RLock())
         with turn:
             if key not in self._loaded:
-                self._loaded[key] = load()
+                try:
+                    self._loaded[key] = load()
+                except Exception as error:
+                    told = not_loaded(f"Model {spec.name} ({spec.task})", error)
+                    if told is error:
+                        raise
+                    raise told from error
                 self.loads[spec.identity] = self.loads.get(spec.identity, 0) + 1
             return self._loaded[key]  # type: ignore[no-any-return]
 
