@@ -45,7 +45,7 @@ KINDS = {
 
 
 def one_at_a_time(settings: Settings) -> Settings:
-    """Settings of a batch whose items are suspected of killing the process."""
+    """Settings of a batch whose items are suspected of killing or hanging the process."""
     engine = settings.engine.model_copy(update={"window": 1, "prepare_threads": 1})
     return settings.model_copy(update={"engine": engine})
 
@@ -146,7 +146,7 @@ def materialize(
         if engine.hung:
             note_hung(engine.hung)
             context.log.error(
-                f"{engine.hung} model call(s) did not answer within engine.infer_timeout_s"
+                f"{engine.hung} call(s) gave no sign of life within engine.infer_timeout_s"
                 f" ({settings.engine.infer_timeout_s:g} s) and still hang: this process should not be used again."
             )
         mirror.close()

@@ -108,7 +108,7 @@ class ModelFailed(MediaError):
 
 class ModelTimeout(MediaError):
     code, retryable, http_status = "model_timeout", True, 504
-    remedy = "It is tried again; raise engine.infer_timeout_s or serving.timeout_s if the model really needs longer."
+    remedy = "It is tried again, alone; raise engine.infer_timeout_s or serving.timeout_s if it really needs longer."
 
 
 class ServingUnavailable(MediaError):

@@ -14,7 +14,7 @@ from jobs.express import EXPRESS
 from jobs.planner import CAREFUL, LONG, MIXED, Costs, Planner, Tick
 from media_assets.groups import media_items
 from media_assets.versions import item_version
-from resources.errors import Failure
+from resources.errors import Failure, ModelTimeout
 from resources.library import Library
 from resources.outcomes import Claim, Cost, Status
 from resources.registry import Upload
@@ -246,6 +246,18 @@ def test_suspects_of_a_crash_go_one_at_a_time(library: Library) -> None:
     config = request(careful, library.settings).run_config
     assert isinstance(config, dict)
     assert config["ops"]["decode"]["config"]["careful"] is True
+
+
+def test_what_shared_a_hung_call_goes_one_at_a_time(library: Library) -> None:
+    """Given two items in whose call a model hung and one it failed for, then the two are retried one at a time."""
+    planner = configure(library)
+    keys = register(library, "a.jpg", "b.jpg", "c.jpg")
+    first, second, other = keys
+    hung = Failure.of(ModelTimeout("It gave no answer."))
+    make(library, planner, "decode", keys, lambda key, _: PASSING if key == other else hung)
+    batches = planner.tick(datetime.now(UTC) + timedelta(hours=1)).batches
+    assert {batch.lane: set(batch.keys) for batch in batches} == {CAREFUL: {first, second}, "image": {other}}
+    assert "2 to retry after a hung call" in next(batch.reason for batch in batches if batch.is_careful)
 
 
 def test_a_failed_batch_backs_off(library: Library) -> None:
