@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from jobs.express import EXPRESS
+from jobs.express import EXPRESS, pools
 from media_assets.grouping import groups as groups_of
 from media_assets.planning import Judgement, Need, judge
 from media_assets.stage import MediaItem, Stage
@@ -250,6 +250,9 @@ class Planner:
             or len(candidates) > self._library.settings.engine.batch_items
             or sum(candidate.seconds_to_end for candidate in candidates) > self._settings.express_s
         ):
+            return False
+        if len(held := pools(self._library.settings)) > 1:
+            tick.explanations.append(f"{EXPRESS}: not taken, for the groups have several pools: {', '.join(held)}")
             return False
         batch = self._create(EXPRESS, EXPRESS, [replace(c, seconds=c.seconds_to_end) for c in candidates])
         if batch is not None:

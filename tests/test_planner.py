@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import dagster as dg
 import pytest
 import sqlalchemy as sa
 from dagster._core.events import StepMaterializationData
 
-from jobs.express import EXPRESS
+from jobs.express import EXPRESS, build_express_job, pools
 from jobs.planner import CAREFUL, LONG, MIXED, Costs, Planner, Tick
 from media_assets.groups import media_items
 from media_assets.versions import item_version
@@ -18,7 +19,7 @@ from resources.errors import Failure, ModelTimeout
 from resources.library import Library
 from resources.outcomes import Claim, Cost, Status
 from resources.registry import Upload
-from resources.settings import Engine
+from resources.settings import Compute, Engine, GroupNeeds, Settings
 from resources.settings import Planner as PlannerSettings
 from sensors.planner import follow, request
 
@@ -114,6 +115,34 @@ def test_little_work_on_an_idle_system_takes_all_groups_at_once(library: Library
         make(library, planner, group, keys)
     end(library, tick)
     assert [(batch.group, len(batch.keys)) for batch in planner.tick().batches] == [(EXPRESS, 1)]
+
+
+def test_groups_with_pools_of_their_own_are_not_run_together(library: Library) -> None:
+    """Given one more pool besides the GPU's, whose limit an express run would get around, then it is not taken."""
+    compute = Compute(groups={"decode": GroupNeeds(pool="disk")})
+    library.settings = library.settings.model_copy(update={"compute": compute})
+    (key,) = register(library, "a.jpg")
+    tick = configure(library, express_s=60).tick()
+    assert [(batch.group, batch.keys) for batch in tick.batches] == [("decode", (key,))]
+    assert "several pools: gpu, disk" in " ".join(tick.explanations)
+
+
+@pytest.mark.parametrize(
+    ("needs", "expected"),
+    [
+        ({}, ["gpu"]),
+        ({"analyse": GroupNeeds(pool="cards")}, ["cards"]),
+        ({"analyse": GroupNeeds(gpus=0)}, ["cpu"]),
+        ({"asr": GroupNeeds(stages=("transcript",), pool="asr")}, ["asr", "gpu"]),
+    ],
+    ids=["usual", "renamed", "no gpu", "split off"],
+)
+def test_an_express_run_is_in_the_pool_of_its_groups(needs: dict[str, GroupNeeds], expected: list[str]) -> None:
+    """Given pools in the settings, then the express step is in the one of the group that needs most."""
+    settings = Settings(home=Path("nowhere"), compute=Compute(groups=needs))
+    assert pools(settings) == expected
+    (step,) = build_express_job(settings).nodes_in_topological_order
+    assert step.definition.pool == expected[0]
 
 
 @pytest.mark.parametrize("names", [["film.mp4", "film2.mp4"], [f"{n}.jpg" for n in range(21)]], ids=["long", "many"])
