@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import pyarrow as pa
 
 from media_assets import schemas
+from resources import heartbeat
 from resources.errors import Failure, ModelUnavailable
 from resources.models.registry import ModelRegistry, ModelSpec, Route
 from resources.settings import Settings
@@ -20,6 +21,7 @@ from resources.tuning import tuned
 P = TypeVar("P")
 O = TypeVar("O")  # noqa: E741 - the field's usual letter for an output
 T = TypeVar("T")
+_LISTEN_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,13 +122,18 @@ class Memo:
         """The value of `key`, made by the first caller; others wait for it."""
         with self._lock:
             cell = self._cells.setdefault(key, _Cell())
-        with cell.lock:
+        while not cell.lock.acquire(timeout=_LISTEN_S):
+            heartbeat.follow(cell.pulse)
+        try:
             if not cell.done:
+                cell.pulse = heartbeat.pulse()
                 try:
                     cell.value = make()
                 except Exception as error:  # noqa: BLE001 - raised again to every caller
                     cell.error = error
                 cell.done = True
+        finally:
+            cell.lock.release()
         if cell.error is not None:
             raise cell.error
         return cell.value  # type: ignore[no-any-return]
@@ -138,13 +145,14 @@ class Memo:
 
 
 class _Cell:
-    __slots__ = ("done", "error", "lock", "value")
+    __slots__ = ("done", "error", "lock", "pulse", "value")
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.done = False
         self.value: Any = None
         self.error: Exception | None = None
+        self.pulse: heartbeat.Pulse | None = None
 
 
 class Stage(ABC, Generic[P, O]):

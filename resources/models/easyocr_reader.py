@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from resources import devices
 from resources.errors import ModelUnavailable
 from resources.models.registry import ModelSpec
 from resources.models.weights import locate
@@ -36,8 +37,9 @@ class EasyOcrReader:
 
     def __init__(self, spec: ModelSpec, cache: Path) -> None:
         """Load the network. Raises ModelUnavailable."""
+        device = devices.for_torch(spec.parameters["device"])
         # It quantizes on the CPU alone; elsewhere int8 would silently be fp32.
-        spec.require(*(("fp32", "int8") if spec.parameters["device"] == "cpu" else ("fp32",)))
+        spec.require(*(("fp32", "int8") if device == "cpu" else ("fp32",)))
         weights = locate(spec, cache)
         try:
             import easyocr
@@ -50,7 +52,7 @@ class EasyOcrReader:
         try:
             self._reader: Any = easyocr.Reader(
                 list(parameters["languages"]),
-                gpu=False if parameters["device"] == "cpu" else parameters["device"],
+                gpu=False if device == "cpu" else device,
                 model_storage_directory=str(next(iter(weights.values())).parent),
                 user_network_directory=str(cache / "easyocr"),
                 download_enabled=False,
@@ -58,10 +60,10 @@ class EasyOcrReader:
                 quantize=spec.precision == "int8",
                 verbose=False,
             )
-        except (FileNotFoundError, ValueError, RuntimeError) as error:
+        except (FileNotFoundError, ValueError) as error:
             raise ModelUnavailable(
                 f"EasyOCR cannot load {spec.name} for {', '.join(parameters['languages'])} ({type(error).__name__}).",
-                "Give the weights of these languages and an existing device in models.toml.",
+                "Give the weights of these languages in models.toml.",
             ) from error
 
     def read(self, picture: Picture, quads: Sequence[Quad]) -> tuple[Reading, ...]:

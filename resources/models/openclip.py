@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from resources import devices
 from resources.errors import ModelUnavailable
 from resources.models.openclip_offline import (
     CONFIG,
@@ -60,14 +61,16 @@ class OpenClip:
     def _open(self, spec: ModelSpec, folder: Path) -> None:
         import open_clip
 
-        self._device = str(spec.parameters.get("device", "cpu"))
+        self._device = devices.for_torch(spec.parameters.get("device", "cpu"))
+        # Half precision on a CPU is slower than full, where it works at all.
+        precision = spec.precision if self._device == "cuda" else "fp32"
         name = f"local-dir:{folder}"
         self._model: Any
         self._model, _, self._preprocess = open_clip.create_model_and_transforms(
-            name, precision=spec.precision, device=self._device, **local_towers(folder)
+            name, precision=precision, device=self._device, **local_towers(folder)
         )
         self._model.eval()
-        self._dtype = open_clip.get_input_dtype(spec.precision)
+        self._dtype = open_clip.get_input_dtype(precision)
         self._tokenizer: Any = open_clip.get_tokenizer(name)
         text_config = getattr(getattr(self._model, "text", None), "config", None)
         self._padding: int | None = getattr(text_config, "pad_token_id", None)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import time
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from resources.errors import ModelUnavailable
+from resources.errors import ModelUnavailable, not_loaded
 from resources.settings import Settings
 
 T = TypeVar("T")
@@ -103,6 +105,33 @@ class _Key:
     digest: str
 
 
+class _Waited(threading.local):
+    """What a thread spent on models being loaded, seconds, and how deep in such a wait it is."""
+
+    seconds = 0.0
+    depth = 0
+
+
+_waited = _Waited()
+
+
+def waited_s() -> float:
+    """Seconds that this thread has spent so far on loading models, or on waiting for another thread that did."""
+    return _waited.seconds
+
+
+@contextmanager
+def _waiting() -> Iterator[None]:
+    start = time.perf_counter()
+    _waited.depth += 1
+    try:
+        yield
+    finally:
+        _waited.depth -= 1
+        if not _waited.depth:  # a model that loads another one waits once
+            _waited.seconds += time.perf_counter() - start
+
+
 class ModelRegistry:
     """Resolves specs and keeps loaded models: every model is loaded once per process, under a lock of its own."""
 
@@ -156,14 +185,22 @@ class ModelRegistry:
     def loaded(self, spec: ModelSpec, load: Callable[[], T]) -> T:
         """The loaded model of `spec`, made by `load` on first use in this process.
 
-        A model that hangs while it loads holds up no other.
+        A model that hangs while it loads holds up no other. Raises ModelUnavailable, whatever `load` raised.
         """
         key = _Key(spec.task, spec.digest)
         with self._lock:
             turn = self._loading.setdefault(key, threading.RLock())
-        with turn:
+        if key in self._loaded:
+            return self._loaded[key]  # type: ignore[no-any-return]
+        with _waiting(), turn:
             if key not in self._loaded:
-                self._loaded[key] = load()
+                try:
+                    self._loaded[key] = load()
+                except Exception as error:
+                    told = not_loaded(f"Model {spec.name} ({spec.task})", error)
+                    if told is error:
+                        raise
+                    raise told from error
                 self.loads[spec.identity] = self.loads.get(spec.identity, 0) + 1
             return self._loaded[key]  # type: ignore[no-any-return]
 

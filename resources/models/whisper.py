@@ -129,16 +129,13 @@ class WhisperRecogniser:
         if self.parameters.device == "cuda" and not cuda:
             raise ModelUnavailable(f"Model {spec.name} wants a GPU, there is none.", 'Set its device to "auto".')
         self.device = "cuda" if cuda else "cpu"
-        try:
-            self._model = WhisperModel(
-                str(weights["model.bin"].parent),
-                device=self.device,
-                compute_type=_compute_type(spec.precision, cuda),
-                cpu_threads=_usable_cpus(),
-                local_files_only=True,
-            )
-        except (RuntimeError, ValueError, OSError) as error:
-            raise ModelUnavailable(f"Model {spec.name} does not load: {error}.", "Check the weights.") from error
+        self._model = WhisperModel(
+            str(weights["model.bin"].parent),
+            device=self.device,
+            compute_type=_compute_type(spec.precision, cuda),
+            cpu_threads=_usable_cpus(),
+            local_files_only=True,
+        )
         self._tokenizer = memoised(self._make_tokenizer)
 
     def transcribe(self, stretches: Mapping[str, Stretch]) -> dict[str, Recognised]:
