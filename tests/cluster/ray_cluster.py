@@ -78,13 +78,13 @@ def ray_cluster(*nodes: tuple[float, float], dashboard: bool = False, apart: boo
         head = {
             "num_cpus": 0,
             "num_gpus": 0,
-            "node_ip_address": host,
             "include_dashboard": dashboard,
             "dashboard_host": host,
             "dashboard_port": ports[0],
             "dashboard_agent_listen_port": ports[1],
             "object_store_memory": STORE_BYTES,
             "temp_dir": folder,
+            **({"node_ip_address": host} if apart else {}),
         }
         with _environment():
             raylets = Raylets(initialize_head=True, head_node_args=head)
