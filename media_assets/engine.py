@@ -715,12 +715,16 @@ class _Batch:
             task.stage.schema.empty_table(),
             {side: schema.empty_table() for side, schema in task.stage.side_schemas.items()},
         )
-        try:
-            written = self._write(task, empty)
-        except OSError as error:
-            self._fail(task, Failure.of(error))
+        self.working += 1
+        self.executor.submit("work", (self._emptied, task, empty, reason), lambda: self._write(task, empty))
+
+    def _emptied(self, event: Event, task: Task, empty: Product, reason: str) -> None:
+        self.working -= 1
+        task.seconds += event.seconds
+        if event.error is not None:
+            self._fail(task, self._failure_of(task, event.error, "The writing of its output"))
             return
-        cost = self._cost(task, bytes_out=written)
+        cost = self._cost(task, bytes_out=event.value)
         self._commit(task, How.COMPUTED, Status.NOT_APPLICABLE, task.version, cost, empty, reason)
 
     # -- outcomes -------------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ def candidates(needs: Needs, profile: str) -> tuple[Device, ...]:
         return tuple(enough)
     if needs.gpu_required:
         size = f" with {needs.gpu_memory_bytes / 2**30:g} GiB" if needs.gpu_memory_bytes else ""
-        there = f"{len(enough)} of the {len(found)} on this machine will do" if found else "this machine has none"
+        there = f"{len(enough)} of {len(found)} on this machine will do" if found else "this machine has none"
         raise DeviceUnavailable(f"{wanted} GPU(s){size} needed, {there}.")
     return ()
 

@@ -14,7 +14,9 @@ _NO_MEMORY = re.compile(
 )
 _NO_DEVICE = re.compile(
     r"NVIDIA driver|CUDA driver|no CUDA-capable device|No CUDA GPUs|not compiled with CUDA|CUDA unknown error"
-    r"|no kernel image is available|invalid device ordinal|libcudart|libcublas|libcudnn",
+    r"|no kernel image is available|kernel image is invalid|invalid device ordinal|libcudart|libcublas|libcudnn"
+    r"|display driver / cuda driver|forward compatibility was attempted|compiled with an unsupported toolchain"
+    r"|busy or unavailable|Driver/library version mismatch|uncorrectable ECC|GPU is lost",
     re.IGNORECASE,
 )
 

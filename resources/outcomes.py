@@ -39,6 +39,8 @@ from resources.settings import Engine
 _CHUNK = 5000  # rows per statement, well below Postgres' limit of 65,535 parameters
 _PAGE = 10_000  # rows a server-side cursor fetches at once
 LIVE, PURGED = "live", "purged"
+EVALUATION = "media-assets evaluate"
+"""The lease of whoever evaluates outside Dagster, where a run would have its ID."""
 BACKLOG = 1  # planner's priority of what is made again: after fresh uploads
 
 

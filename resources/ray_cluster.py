@@ -19,6 +19,11 @@ MISSING = "Install it: pip install 'media-assets[ray]'"
 class ClusterUnavailable(ServingUnavailable):
     """There is no cluster at the address, or it lacks what is asked for."""
 
+    remedy = (
+        "Check RAY_ADDRESS, or ray.address where that is not set, and the cluster; without one, set compute.executor"
+        " and serving.backend to local."
+    )
+
 
 def address(settings: Settings) -> str:
     """Address of the cluster: RAY_ADDRESS, as everywhere in Ray, then `ray.address`, then `auto`: this machine's."""

@@ -220,6 +220,25 @@ def test_a_full_disk_ends_the_item_and_not_the_batch(bench: Bench, monkeypatch: 
     assert len(list((bench.store.root / "numbers").iterdir())) == 2
 
 
+def test_a_disk_that_is_really_full_is_named(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given a device without space, when tables are written, an empty one too, then the items say which file; once
+    there is space, they are made."""
+    monkeypatch.setattr("resources.storage.secrets.token_hex", lambda _: "full")
+    folder = bench.store.root / "numbers"
+    folder.mkdir(parents=True)
+    for name in ("b", "photo-b"):
+        Path(folder / f".{name}.parquet.full").symlink_to("/dev/full")
+    batch = items("a", "b", "photo-b", "c")
+    results = by_key(bench.run(batch, bench.stages(kinds=[Numbers])))
+    assert {media_id for (media_id, _), result in results.items() if not result.done} == {"b", "photo-b"}
+    for name in ("b", "photo-b"):
+        outcome = results[name, "numbers"].outcome
+        assert (outcome.status, outcome.error_class) == (Status.RETRYABLE, "storage_failed")
+        assert f"No space left on device: '{folder / name}.parquet'" in (outcome.error or "")
+    assert sorted(path.name for path in folder.iterdir()) == ["a.parquet", "c.parquet"]
+    assert all(result.done for result in bench.run(batch, bench.stages(kinds=[Numbers]), "later"))
+
+
 def test_a_missing_input_blocks_and_follows_when_it_is_made(bench: Bench) -> None:
     """Given `doubled` without its input, then it is blocked at no attempt; once the input is there, it runs."""
     batch = items("a")
