@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,10 +13,11 @@ import pyarrow as pa
 from PIL import Image
 
 from media_assets import schemas
+from media_assets.concepts import PROMPTS_DIGEST, Concepts, Encode, load_concepts
 from media_assets.screening import Answers, Labels, Screened, Screening
 from media_assets.screening import strongest as strongest_screening
 from media_assets.stage import Inputs, Prepared, Product, Stage, Unit
-from media_assets.taxonomy import CONCEPTS, LABELS, NEUTRAL, TEMPLATES
+from media_assets.taxonomy import LABELS
 from resources.errors import Failure, ModelUnavailable, NotApplicable
 from resources.models.nudity import ImageScorer, Picture, load_image_scorer
 from resources.models.registry import ModelSpec
@@ -28,7 +27,6 @@ IMAGE_TASKS = ("nudity", "nsfw")
 TEXT_TASK = "toxicity"
 CONCEPT_TASK = "embedding"
 MAX_CHARACTERS = 1200
-CLIP_LOGIT_SCALE = 100.0
 ANY_LANGUAGE = "*"
 UNDETERMINED = ("", "und")
 
@@ -37,10 +35,9 @@ Vector = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class StillUnit:
-    """A still, encoded (JPEG or PNG), and its unit-normalised vector in the joint space, float32 [d], if it has one."""
+    """A still, encoded (JPEG or PNG)."""
 
     image: bytes
-    vector: Vector | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +58,16 @@ class _Shown:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What a group of units is about: where it came from, and the spans its scores hold for, seconds."""
+    """What a group of units is about: where it came from, and the spans its scores hold for, seconds.
+
+    `vector` is a still's in the joint space, float32 [d], unit length, if it has one.
+    """
 
     modality: str
     source: str
     spans: tuple[tuple[float, float], ...]
     unit_ids: tuple[str, ...]
+    vector: Vector | None = None
 
 
 class ModerationScores(Stage[StillUnit | TextUnit, Answers]):
@@ -76,7 +77,7 @@ class ModerationScores(Stage[StillUnit | TextUnit, Answers]):
     too. Text is scored where the model knows the language; OCR lines carry no language and are always
     scored. Text longer than the model's `max_characters` is scored in pieces and keeps the strongest
     score, for a few words sink in a long text. A NudeNet score of 0 says that nothing was detected above
-    its floor of 0.25.
+    its floor of 0.25. Concepts are read off the stills' vectors in `embeddings`, without a model.
 
     Where a model of models.toml screens a task and was sure, the task's champion is not asked: its labels have
     rows with score null, which say who was sure and how much, and which no policy takes for a 0.
@@ -92,17 +93,19 @@ class ModerationScores(Stage[StillUnit | TextUnit, Answers]):
 
     def parameters(self) -> Mapping[str, object]:
         """The concept prompts, as a digest."""
-        prompts = json.dumps([dict(CONCEPTS), NEUTRAL, TEMPLATES], sort_keys=True)
-        return {"concepts": hashlib.sha256(prompts.encode()).hexdigest()[:16]}
+        return {"concepts": PROMPTS_DIGEST[:16]}
+
+    def held(self) -> tuple[ModelSpec, ...]:
+        """The classifiers: pictures come with their vectors, so of the embedding model only the prompts' are needed."""
+        return tuple(spec for spec in self.specs() if spec.task != CONCEPT_TASK)
 
     def load(self) -> None:
-        """Load every model. Raises ModelUnavailable."""
-        for spec in self.specs():
-            if spec.task in IMAGE_TASKS:
-                self._image_scorer(spec)
-            elif spec.task == TEXT_TASK:
+        """Load the classifiers. Raises ModelUnavailable."""
+        for spec in self.held():
+            if spec.task == TEXT_TASK:
                 self._text_scorer(spec)
-        self._concepts()
+            else:
+                self._image_scorer(spec)
 
     def prepare(self, inputs: Inputs) -> Prepared[StillUnit | TextUnit]:
         """A unit per distinct still and per piece of text. Raises NotApplicable where there is neither."""
@@ -127,7 +130,8 @@ class ModerationScores(Stage[StillUnit | TextUnit, Answers]):
         rows: list[dict[str, object]] = []
         for subject in subjects:
             about = {"media_id": inputs.media_id, "modality": subject.modality, "source": subject.source}
-            findings = list(self._findings([outputs[unit_id] for unit_id in subject.unit_ids]))
+            answers = [outputs[unit_id] for unit_id in subject.unit_ids]
+            findings = [*self._findings(answers), *self._concept_findings(subject.vector)]
             rows.extend(
                 {**about, **finding, "start_s": start, "end_s": end, "version": inputs.version}
                 for finding in findings
@@ -147,6 +151,11 @@ class ModerationScores(Stage[StillUnit | TextUnit, Answers]):
         for (model, label), score in sorted(found.items()):
             yield {"model": model, "label": label, "score": score}
 
+    def _concept_findings(self, vector: Vector | None) -> Iterator[dict[str, object]]:
+        model = self.models.spec(CONCEPT_TASK).identity
+        for label, score in sorted(self._concepts().score(vector).items()) if vector is not None else ():
+            yield {"model": model, "label": label, "score": score}
+
     def answer_texts(self, texts: Mapping[str, TextUnit]) -> dict[str, Answers]:
         """Labels per model of each text, by key."""
         screened = Screened[TextUnit](self.models, self._label_texts, lambda text: text.text.encode(), self._reads)
@@ -163,8 +172,8 @@ class ModerationScores(Stage[StillUnit | TextUnit, Answers]):
             if frame not in spans:
                 continue
             unit_id = f"still:{frame}"
-            subject = Subject("image", str(frame), spans[frame], (unit_id,))
-            yield subject, [Unit(unit_id, StillUnit(row["image"], vectors.get(frame)))]
+            subject = Subject("image", str(frame), spans[frame], (unit_id,), vectors.get(frame))
+            yield subject, [Unit(unit_id, StillUnit(row["image"]))]
 
     def _texts(self, inputs: Inputs) -> Iterator[tuple[Subject, list[Unit[StillUnit | TextUnit]]]]:
         spec = self.models.spec(TEXT_TASK)
@@ -184,13 +193,8 @@ class ModerationScores(Stage[StillUnit | TextUnit, Answers]):
                 shown[unit_id] = _Shown(still.image, _decode(still.image))
             except (OSError, ValueError) as error:
                 broken[unit_id] = Failure.of(error)
-        answers = Screened[_Shown](self.models, self._label_stills, lambda still: still.image).ask(IMAGE_TASKS, shown)
-        concepts = self.models.spec(CONCEPT_TASK).identity
-        for unit_id, answer in answers.items():
-            vector = stills[unit_id].vector
-            if vector is not None:
-                answer.labels[concepts] = self._concepts().score(vector)
-        return {**answers, **broken}
+        screened = Screened[_Shown](self.models, self._label_stills, lambda still: still.image)
+        return {**screened.ask(IMAGE_TASKS, shown), **broken}
 
     def _label_stills(self, spec: ModelSpec, stills: Sequence[_Shown]) -> list[dict[str, float]]:
         labels = label_map(spec)
@@ -222,45 +226,12 @@ class ModerationScores(Stage[StillUnit | TextUnit, Answers]):
     def _concepts(self) -> Concepts:
         embedding = self.models.spec(CONCEPT_TASK)
         spec = embedding.model_copy(update={"task": "concepts"})
-        return self.models.loaded(spec, lambda: self._encode_concepts(embedding))
+        return self.models.loaded(spec, lambda: load_concepts(embedding, self.models.cache, self._text_encoder))
 
-    def _encode_concepts(self, spec: ModelSpec) -> Concepts:
-        from resources.models.openclip import OpenClip
+    def _text_encoder(self) -> Encode:
+        from media_assets.remote import text_encoder
 
-        encoder = self.models.loaded(spec, lambda: OpenClip(spec, self.models.cache))
-        return Concepts(encoder, float(spec.parameters.get("logit_scale", CLIP_LOGIT_SCALE)))
-
-
-class TextEncoder(Protocol):
-    """The text side of a joint embedding."""
-
-    def encode_texts(self, texts: list[str]) -> Vector:
-        """float32 [n, d], unit-normalised."""
-        ...
-
-
-class Concepts:
-    """Zero-shot concept scores: a softmax over the prompts of every label and the neutral ones.
-
-    `logit_scale` is the inverse temperature that belongs to the embedding (100 for CLIP's own).
-    """
-
-    def __init__(self, encoder: TextEncoder, logit_scale: float) -> None:
-        self._owners = [label for label, prompts in CONCEPTS.items() for _ in prompts]
-        prompts = [prompt for group in CONCEPTS.values() for prompt in group] + list(NEUTRAL)
-        summed = np.sum([encoder.encode_texts([t.format(p) for p in prompts]) for t in TEMPLATES], axis=0)
-        self._vectors: Vector = summed / np.linalg.norm(summed, axis=1, keepdims=True)
-        self._scale = logit_scale
-
-    def score(self, vector: Vector) -> dict[str, float]:
-        """Label -> probability that the picture shows it, of a unit-normalised float32 [d]."""
-        logits = self._scale * (self._vectors @ vector).astype(np.float64)
-        weights = np.exp(logits - logits.max())
-        weights /= weights.sum()
-        scores = dict.fromkeys(CONCEPTS, 0.0)
-        for label, weight in zip(self._owners, weights, strict=False):
-            scores[label] += float(weight)
-        return {label: min(score, 1.0) for label, score in scores.items()}
+        return text_encoder(self.settings, self.models)
 
 
 def label_map(spec: ModelSpec) -> Mapping[str, str]:

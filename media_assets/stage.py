@@ -208,6 +208,10 @@ class Stage(ABC, Generic[P, O]):
         first = [found[1] for task in self.tasks if (found := self.models.screen(task))]
         return tuple({(spec.task, spec.digest): spec for spec in (*asked, *first)}.values())
 
+    def held(self) -> tuple[ModelSpec, ...]:
+        """Specs of the models that `load` and `infer` keep in memory; default: all."""
+        return self.specs()
+
     def routes(self) -> tuple[Route, ...]:
         """Declared routes between models of the stage's tasks."""
         return self.models.routes(self.tasks)

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from media_assets import schemas
+from media_assets.concepts import Encode, load_concepts
 from media_assets.expectations import validate
 from media_assets.moderation_labels import ModerationLabels
 from media_assets.moderation_scores import (
@@ -239,10 +240,10 @@ def test_an_item_with_nothing_to_score_is_not_applicable_and_still_gets_a_decisi
 
 
 def test_a_broken_still_fails_alone_and_answers_are_keyed(stage: ModerationScores) -> None:
-    good = StillUnit(png(photo("coffee.png")), None)
+    good = StillUnit(png(photo("coffee.png")))
     units: list[Unit[StillUnit | TextUnit]] = [
         Unit("a", TextUnit("hello")),
-        Unit("b", StillUnit(b"no picture", None)),
+        Unit("b", StillUnit(b"no picture")),
         Unit("c", good),
     ]
     answers = dict(stage.infer(units))
@@ -268,6 +269,41 @@ def test_concepts_are_recognised_in_the_joint_space(
     others = [score for label in CONCEPTS if label != "military" for _, _, score in found[label][1:]]
     assert max(others) < 0.4
     assert [(r["label"], r["action"]) for r in decided(settings, models, item, product)] == [("military", "allow")]
+
+
+def test_the_embedding_model_is_not_needed_once_the_prompts_are_encoded(models: ModelRegistry, tmp_path: Path) -> None:
+    """Given two processes with one home, then the second scores concepts alike without opening the text encoder."""
+    opened: list[int] = []
+
+    def open_encoder() -> Encode:
+        opened.append(1)
+        return lambda texts: np.stack(
+            [np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8).astype(np.float32) for text in texts]
+        )
+
+    spec = models.spec("embedding")
+    first = load_concepts(spec, tmp_path, open_encoder)
+    second = load_concepts(spec, tmp_path, open_encoder)
+    assert opened == [1]
+    vector = np.full(32, 32**-0.5, np.float32)
+    assert first.score(vector) == second.score(vector)
+    assert sum(first.score(vector).values()) < 1
+    load_concepts(spec.model_copy(update={"source": "file:/other"}), tmp_path, open_encoder)
+    assert opened == [1, 1], "another model has prompts of its own"
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"cut short")
+    with pytest.raises(ModelUnavailable, match=r"cannot be read: .* Delete"):
+        load_concepts(spec, tmp_path, open_encoder)
+
+
+def test_what_a_model_server_holds_is_no_embedding_model(models: ModelRegistry) -> None:
+    """Given a fresh registry, as a server has it, then loading and answering load each classifier once and no more."""
+    fresh = ModelRegistry(models.settings)
+    stage = ModerationScores(models.settings, fresh)
+    stage.load()
+    stage.infer([Unit("a", StillUnit(png(photo("coffee.png")))), Unit("b", TextUnit("hello"))])
+    assert fresh.loads == {spec.identity: 1 for spec in stage.held()}
+    assert {spec.task for spec in stage.held()} == {"nudity", "nsfw", "toxicity"}
 
 
 def test_a_changed_policy_changes_the_version_and_the_decision_without_any_model(
