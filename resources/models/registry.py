@@ -16,12 +16,13 @@ from typing import Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from resources.errors import ModelUnavailable, not_loaded
+from resources.models.screens import SCREENS, Screen, read_screens
 from resources.settings import Settings
 
 T = TypeVar("T")
 CATALOGUE = Path(__file__).with_name("models.toml")
 ROUTES = "routes"
-"""The key of a profile that holds its routes; every other one is a task."""
+"""The key of a profile that holds its routes; besides it and SCREENS, every one is a task."""
 
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
@@ -140,7 +141,7 @@ class ModelRegistry:
         self.profile = settings.profile
         override = settings.home / "models.toml"
         self.path = catalogue or (override if override.exists() else CATALOGUE)
-        self._specs, self._routes = _read(self.path, self.profile)
+        self._specs, self._routes, self._screens = _read(self.path, self.profile)
         self._loaded: dict[_Key, Any] = {}
         self._lock = threading.Lock()
         self._loading: dict[_Key, threading.RLock] = {}
@@ -182,6 +183,10 @@ class ModelRegistry:
         route = self.route(task)
         return tuple(self.spec(task, name) for name in dict.fromkeys((*route.models, *route.fallback)))
 
+    def screen(self, task: str) -> tuple[Screen, ModelSpec] | None:
+        """The screen of `task`, and the model that looks first; None where the champion is asked about everything."""
+        return self._screens.get(task)
+
     def loaded(self, spec: ModelSpec, load: Callable[[], T]) -> T:
         """The loaded model of `spec`, made by `load` on first use in this process.
 
@@ -205,17 +210,19 @@ class ModelRegistry:
             return self._loaded[key]  # type: ignore[no-any-return]
 
 
-def _read(path: Path, profile: str) -> tuple[dict[str, tuple[ModelSpec, ...]], dict[str, Route]]:
+def _read(
+    path: Path, profile: str
+) -> tuple[dict[str, tuple[ModelSpec, ...]], dict[str, Route], dict[str, tuple[Screen, ModelSpec]]]:
     document = tomllib.loads(path.read_text())
     if profile not in document:
         raise ModelUnavailable(f"{path.name} has no profile {profile}.", f"It has: {', '.join(document)}.")
     tasks = dict(document[profile])
-    declared = tasks.pop(ROUTES, [])
+    declared, screens = tasks.pop(ROUTES, []), tasks.pop(SCREENS, [])
     specs = {task: tuple(ModelSpec(task=task, **entry) for entry in entries) for task, entries in tasks.items()}
     routes = [_route(entry, specs, path) for entry in declared]
     if len({route.task for route in routes}) < len(routes):
         raise ModelUnavailable(f"{path.name} has two routes for one task in profile {profile}.", "Keep one of them.")
-    return specs, {route.task: route for route in routes if route.enabled}
+    return specs, {route.task: route for route in routes if route.enabled}, read_screens(screens, specs, path)
 
 
 def _route(entry: Mapping[str, Any], specs: Mapping[str, Sequence[ModelSpec]], path: Path) -> Route:
