@@ -1,11 +1,12 @@
 """Routes between models against their champions alone: what they save and what they lose, on one golden set.
 
-    python benchmarks/routing.py GOLDEN [--home HOME] [--models HOME]
+    python benchmarks/routing.py GOLDEN [--home HOME] [--only TASK] [--half {chosen,held-out}]
 
 Decodes the golden media (finished ones in HOME are taken as they are). Then every micro-batch, as the engine
 would form it across items, goes through both variants of `ocr_text` and `transcript`, one right after the
 other and first by turns, models loaded and warm: cost is what `infer` takes, wall and CPU seconds. The
-tables of both are measured by `evals/ocr` and `evals/asr`.
+tables of both are measured by `evals/ocr` and `evals/asr`. `--half` takes half of the golden files, by a hash
+of their names: thresholds are chosen on the one and tried on the other.
 
 Ends with one JSON line.
 """
@@ -13,6 +14,7 @@ Ends with one JSON line.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import platform
@@ -42,6 +44,7 @@ from resources.storage import DerivedStore
 
 DECODED = ("media", "frames", "audio")
 TASKS: dict[str, tuple[type[Stage[Any, Any]], str]] = {"ocr": (OcrText, "ocr"), "asr": (Transcript, "asr")}
+HALVES = ("chosen", "held-out")
 ROUTES = re.compile(r"^\[\[\w+\.routes\]\]\n(?:.+\n)+", re.MULTILINE)
 
 
@@ -65,6 +68,12 @@ class Variant:
         self.cpu_s += time.process_time() - cpu
 
 
+def half_of(golden: Golden, half: str) -> Golden:
+    """The golden set with the items of one of `HALVES`: an item's half is the last bit of its name's SHA-256."""
+    kept = (item for item in golden.items if hashlib.sha256(item.file.encode()).digest()[-1] % 2 == HALVES.index(half))
+    return replace(golden, items=tuple(kept))
+
+
 def prepared(library: Library, stage: Stage[Any, Any]) -> Iterator[tuple[Inputs, Prepared[Any]]]:
     """Every item the stage applies to; both variants share what was prepared."""
     for row in library.registry.live():
@@ -78,7 +87,8 @@ def prepared(library: Library, stage: Stage[Any, Any]) -> Iterator[tuple[Inputs,
 
 def compare(library: Library, golden: Golden, variants: Sequence[Variant], task: str) -> dict[str, Any]:
     """Figures of one task."""
-    items = list(prepared(library, variants[0].stage))
+    wanted = set(golden.match(library.items()).values())
+    items = [(inputs, made) for inputs, made in prepared(library, variants[0].stage) if inputs.media_id in wanted]
     units = [replace(unit, id=f"{inputs.media_id}/{unit.id}") for inputs, made in items for unit in made.units]
     for variant in variants:
         variant.stage.load()
@@ -128,8 +138,11 @@ def main() -> None:
     parser.add_argument("golden")
     parser.add_argument("--home", help="a home that may hold the decoded media already; default: a temporary one")
     parser.add_argument("--only", choices=list(TASKS))
+    parser.add_argument("--half", choices=HALVES, help="only this half of the golden files")
     arguments = parser.parse_args()
     golden = Golden.load(arguments.golden)
+    if arguments.half:
+        golden = half_of(golden, arguments.half)
     with tempfile.TemporaryDirectory(prefix="routing-") as folder:
         library = Library.open(arguments.home or folder)
         unrouted = Path(folder, "unrouted.toml")
@@ -154,7 +167,17 @@ def main() -> None:
         finally:
             library.close()
     versions = {name: version(name) for name in ("media-assets", "torch", "onnxruntime", "ctranslate2")}
-    print(json.dumps({"name": "routing", **results, "python": platform.python_version(), "versions": versions}))
+    print(
+        json.dumps(
+            {
+                "name": "routing",
+                "half": arguments.half,
+                **results,
+                "python": platform.python_version(),
+                "versions": versions,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

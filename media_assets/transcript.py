@@ -133,7 +133,10 @@ class Transcript(Stage[Payload, Answer]):
             else:
                 stretches[unit.id] = unit.payload
         aligners = self._aligners()
-        for key, found in self._recognisers.ask(stretches, _recognise, lambda answer: answer.confidence).items():
+        asked = self._recognisers.ask(
+            stretches, _recognise, lambda answer: answer.confidence, lambda answer: sum(map(str.isalnum, answer.text))
+        )
+        for key, found in asked.items():
             aligner = aligners.get(found.answer.language)
             aligned = aligner.align(stretches[key].samples, found.answer) if aligner else found.answer
             answers[key] = Answered(found.by, aligned)

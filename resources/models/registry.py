@@ -78,6 +78,9 @@ class Route(BaseModel):
     min_confidence: tuple[float, ...] = Field(
         default=(), description="confidence (0-1) at which the answer of each model but the last is kept"
     )
+    min_letters: tuple[int, ...] = Field(
+        default=(), description="letters and digits below which the answer of each model but the last is kept too"
+    )
     fallback: tuple[str, ...] = Field(
         default=(), description="models that answer, the first that works, in place of one that does not load or raises"
     )
@@ -89,12 +92,21 @@ class Route(BaseModel):
             raise ValueError("min_confidence needs a value for every model but the last")
         if len(set(self.models)) < len(self.models):
             raise ValueError("a model is named twice")
+        if self.min_letters and len(self.min_letters) != len(self.models) - 1:
+            raise ValueError("min_letters needs a value for every model but the last, or none at all")
         return self
+
+    def asks_on(self, position: int, confidence: float, letters: int) -> bool:
+        """Whether the next model is asked about an answer of the model at `position`."""
+        if position == len(self.models) - 1 or confidence >= self.min_confidence[position]:
+            return False
+        return not self.min_letters or letters >= self.min_letters[position]
 
     @property
     def digest(self) -> str:
         """SHA-256 (hex) over everything that can change which model answers."""
-        return hashlib.sha256(self.model_dump_json(exclude={"enabled"}).encode()).hexdigest()
+        unused = set() if self.min_letters else {"min_letters"}  # so that the default leaves the digest what it was
+        return hashlib.sha256(self.model_dump_json(exclude={"enabled", *unused}).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
