@@ -28,6 +28,7 @@ from resources.models.whisper import (
     WhisperParameters,
     WhisperRecogniser,
     Word,
+    load_network,
     mean_confidence,
 )
 from resources.settings import Settings
@@ -88,7 +89,7 @@ class Transcript(Stage[Payload, Answer]):
 
     def __init__(self, settings: Settings, models: ModelRegistry) -> None:
         super().__init__(settings, models)
-        self._recognisers = Routed(models, "asr", lambda spec: WhisperRecogniser(spec, models.cache))
+        self._recognisers = Routed(models, "asr", self._recogniser)
 
     def specs(self) -> tuple[ModelSpec, ...]:
         """Recogniser and voice activity, and alignment and diarization models where the profile has them."""
@@ -183,6 +184,10 @@ class Transcript(Stage[Payload, Answer]):
         if diarizer is None:
             return Failure.of(ModelFailed("No diarization model is configured in this profile."))
         return tuple(diarizer.turns(_float32(recording.samples)))
+
+    def _recogniser(self, spec: ModelSpec) -> WhisperRecogniser:
+        network = self.models.shared(spec, partial(load_network, spec, self.models.cache))
+        return WhisperRecogniser(spec, network)
 
     def _detector(self) -> SpeechDetector:
         spec = self.models.spec("vad")

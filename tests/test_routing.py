@@ -222,6 +222,26 @@ def test_a_model_that_hangs_while_it_loads_holds_up_no_other(tmp_path: Path) -> 
     assert set(models.loads.values()) == {1}
 
 
+def test_entries_that_differ_in_how_they_ask_share_a_network(tmp_path: Path) -> None:
+    """Given entries with the same weights, then they share what lies in memory unless precision or device differ."""
+    spec = ModelSpec(task="toy", name="small", adapter="toy", source="file:/nowhere", licence="none")
+    greedy = spec.model_copy(update={"name": "greedy", "parameters": {"beam_size": 1}})
+    others = [
+        spec.model_copy(update=change)
+        for change in (
+            {"precision": "int8"},
+            {"parameters": {"device": "cuda"}},
+            {"sha256": {"model.bin": "0" * 64}},
+            {"source": "file:/elsewhere"},
+            {"compile": True},
+        )
+    ]
+    models = registry(tmp_path, "")
+    assert models.shared(spec, object) is models.shared(greedy, object)
+    assert len({id(models.shared(other, object)) for other in (spec, *others)}) == 1 + len(others)
+    assert list(models.loads.values()) == [1] * (1 + len(others))
+
+
 @pytest.mark.parametrize("task", ["vad", "ocr_detector", "nudity", "nsfw", "toxicity", "shots", "embedding"])
 def test_no_adapter_takes_a_precision_silently(models: ModelRegistry, task: str) -> None:
     """Given int8 for a model that cannot do it, then its adapter refuses before anything loads."""

@@ -53,6 +53,13 @@ class ModelSpec(BaseModel):
             del identity["compile"]
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
+    @property
+    def network(self) -> str:
+        """SHA-256 (hex) over what lies in memory: entries that differ only in how they ask have it in common."""
+        held = self.model_dump(mode="json", include={"adapter", "source", "sha256", "precision", "compile"})
+        held["device"] = self.parameters.get("device")
+        return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
+
     def require(self, *precisions: str, compiles: bool = False) -> None:
         """Raises ModelUnavailable where the adapter, which does these, cannot do what the entry asks for."""
         if self.precision not in precisions:
@@ -170,13 +177,22 @@ class ModelRegistry:
 
         A model that hangs while it loads holds up no other.
         """
-        key = _Key(spec.task, spec.digest)
+        return self._once(_Key(spec.task, spec.digest), spec.identity, load)
+
+    def shared(self, spec: ModelSpec, load: Callable[[], T]) -> T:
+        """The network of `spec`, made by `load` on first use in this process, for all entries of its task that hold it.
+
+        Counted in `loads` as `network@` and the first 12 digits of `spec.network`.
+        """
+        return self._once(_Key(spec.task, spec.network), f"network@{spec.network[:12]}", load)
+
+    def _once(self, key: _Key, name: str, load: Callable[[], T]) -> T:
         with self._lock:
             turn = self._loading.setdefault(key, threading.RLock())
         with turn:
             if key not in self._loaded:
                 self._loaded[key] = load()
-                self.loads[spec.identity] = self.loads.get(spec.identity, 0) + 1
+                self.loads[name] = self.loads.get(name, 0) + 1
             return self._loaded[key]  # type: ignore[no-any-return]
 
 
