@@ -154,7 +154,7 @@ def main() -> None:
         wanted = [item for item in golden.items if item.print or item.speech or item.screen_text]
         results: dict[str, Any] = {}
         try:
-            paths = [str(golden.media_folder / item.file) for item in wanted]
+            paths = [str(golden.root / item.file) for item in wanted]
             Work(library, Console(stderr=True), DECODED).run(paths)
             for task in [arguments.only] if arguments.only else TASKS:
                 kind, evaluation = TASKS[task]
