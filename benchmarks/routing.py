@@ -1,12 +1,13 @@
 """Routes and screens against the champions alone: what they save and what they lose, on one golden set.
 
-    python benchmarks/routing.py GOLDEN [--home HOME] [--only ocr|asr|moderation]
+    python benchmarks/routing.py GOLDEN [--home HOME] [--only ocr|asr|moderation] [--half chosen|held-out]
 
 Decodes the golden media, and analyses what `moderation_scores` needs (finished ones in HOME are taken as they
 are). Then every micro-batch, as the engine would form it across items, goes through both variants of
 `ocr_text`, `transcript` and `moderation_scores`, one right after the other and first by turns, models loaded and
 warm: cost is what `infer` takes, wall and CPU seconds. The tables of both are measured by `evals/ocr`, `evals/asr`
-and `evals/moderation`.
+and `evals/moderation`. `--half` takes half of the golden files, by a hash of their names: thresholds are chosen on
+the one and tried on the other.
 
 Ends with one JSON line.
 """
@@ -14,6 +15,7 @@ Ends with one JSON line.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import platform
@@ -43,6 +45,7 @@ from media_assets.transcript import Transcript
 from resources.errors import NotApplicable
 from resources.library import Library
 from resources.models.registry import CATALOGUE, ModelRegistry
+from resources.registry import uri_of
 from resources.storage import DerivedStore
 
 DECODED = ("media", "frames", "audio")
@@ -53,6 +56,7 @@ TASKS: dict[str, tuple[type[Stage[Any, Any]], str]] = {
     "asr": (Transcript, "asr"),
     SCREENED: (ModerationScores, "moderation"),
 }
+HALVES = ("chosen", "held-out")
 ROUTES = re.compile(r"^\[\[\w+\.(?:routes|screens)\]\]\n(?:.+\n)+", re.MULTILINE)
 
 
@@ -76,9 +80,18 @@ class Variant:
         self.cpu_s += time.process_time() - cpu
 
 
-def prepared(library: Library, stage: Stage[Any, Any]) -> Iterator[tuple[Inputs, Prepared[Any]]]:
-    """Every item the stage applies to; both variants share what was prepared."""
+def half_of(golden: Golden, half: str) -> Golden:
+    """The golden set with the items of one of `HALVES`: an item's half is the last bit of its name's SHA-256."""
+    kept = (item for item in golden.items if hashlib.sha256(item.file.encode()).digest()[-1] % 2 == HALVES.index(half))
+    return replace(golden, items=tuple(kept))
+
+
+def prepared(library: Library, golden: Golden, stage: Stage[Any, Any]) -> Iterator[tuple[Inputs, Prepared[Any]]]:
+    """Every golden item the stage applies to; both variants share what was prepared."""
+    uris = {uri_of(golden.root / item.file) for item in golden.items}
     for row in library.registry.live():
+        if row["uri"] not in uris:
+            continue
         inputs = Inputs(MediaItem(row["media_id"], row["uri"], row["etag"]), library.store, "benchmark")
         if all(library.store.exists(asset, inputs.media_id) for asset in stage.inputs):
             try:
@@ -89,7 +102,10 @@ def prepared(library: Library, stage: Stage[Any, Any]) -> Iterator[tuple[Inputs,
 
 def compare(library: Library, golden: Golden, variants: Sequence[Variant], task: str) -> dict[str, Any]:
     """Figures of one task."""
-    items = list(prepared(library, variants[0].stage))
+    wanted = set(golden.match(library.items()).values())
+    items = [
+        (inputs, made) for inputs, made in prepared(library, golden, variants[0].stage) if inputs.media_id in wanted
+    ]
     units = [replace(unit, id=f"{inputs.media_id}/{unit.id}") for inputs, made in items for unit in made.units]
     for variant in variants:
         variant.stage.load()
@@ -191,8 +207,11 @@ def main() -> None:
     parser.add_argument("golden")
     parser.add_argument("--home", help="a home that may hold the decoded media already; default: a temporary one")
     parser.add_argument("--only", choices=list(TASKS))
+    parser.add_argument("--half", choices=HALVES, help="only this half of the golden files")
     arguments = parser.parse_args()
     golden = Golden.load(arguments.golden)
+    if arguments.half:
+        golden = half_of(golden, arguments.half)
     with tempfile.TemporaryDirectory(prefix="routing-") as folder:
         library = Library.open(arguments.home or folder)
         unrouted = Path(folder, "unrouted.toml")
@@ -205,7 +224,7 @@ def main() -> None:
         results: dict[str, Any] = {}
         try:
             for task in tasks:
-                paths = [str(golden.media_folder / item.file) for item in golden.items if wanted(task, item)]
+                paths = [str(golden.root / item.file) for item in golden.items if wanted(task, item)]
                 Work(library, Console(stderr=True), (*DECODED, *(ANALYSED if task == SCREENED else ()))).run(paths)
             for task in tasks:
                 kind, evaluation = TASKS[task]
@@ -218,7 +237,17 @@ def main() -> None:
         finally:
             library.close()
     versions = {name: version(name) for name in ("media-assets", "torch", "onnxruntime", "ctranslate2")}
-    print(json.dumps({"name": "routing", **results, "python": platform.python_version(), "versions": versions}))
+    print(
+        json.dumps(
+            {
+                "name": "routing",
+                "half": arguments.half,
+                **results,
+                "python": platform.python_version(),
+                "versions": versions,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

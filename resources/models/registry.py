@@ -56,6 +56,13 @@ class ModelSpec(BaseModel):
             del identity["compile"]
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
+    @property
+    def network(self) -> str:
+        """SHA-256 (hex) over what lies in memory: entries that differ only in how they ask have it in common."""
+        held = self.model_dump(mode="json", include={"adapter", "source", "sha256", "precision", "compile"})
+        held["device"] = self.parameters.get("device")
+        return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
+
     def require(self, *precisions: str, compiles: bool = False) -> None:
         """Raises ModelUnavailable where the adapter, which does these, cannot do what the entry asks for."""
         if self.precision not in precisions:
@@ -81,6 +88,9 @@ class Route(BaseModel):
     min_confidence: tuple[float, ...] = Field(
         default=(), description="confidence (0-1) at which the answer of each model but the last is kept"
     )
+    min_letters: tuple[int, ...] = Field(
+        default=(), description="letters and digits below which the answer of each model but the last is kept too"
+    )
     fallback: tuple[str, ...] = Field(
         default=(), description="models that answer, the first that works, in place of one that does not load or raises"
     )
@@ -92,12 +102,21 @@ class Route(BaseModel):
             raise ValueError("min_confidence needs a value for every model but the last")
         if len(set(self.models)) < len(self.models):
             raise ValueError("a model is named twice")
+        if self.min_letters and len(self.min_letters) != len(self.models) - 1:
+            raise ValueError("min_letters needs a value for every model but the last, or none at all")
         return self
+
+    def asks_on(self, position: int, confidence: float, letters: int) -> bool:
+        """Whether the next model is asked about an answer of the model at `position`."""
+        if position == len(self.models) - 1 or confidence >= self.min_confidence[position]:
+            return False
+        return not self.min_letters or letters >= self.min_letters[position]
 
     @property
     def digest(self) -> str:
         """SHA-256 (hex) over everything that can change which model answers."""
-        return hashlib.sha256(self.model_dump_json(exclude={"enabled"}).encode()).hexdigest()
+        unused = set() if self.min_letters else {"min_letters"}  # so that the default leaves the digest what it was
+        return hashlib.sha256(self.model_dump_json(exclude={"enabled", *unused}).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +211,16 @@ class ModelRegistry:
 
         A model that hangs while it loads holds up no other. Raises ModelUnavailable, whatever `load` raised.
         """
-        key = _Key(spec.task, spec.digest)
+        return self._once(_Key(spec.task, spec.digest), spec, spec.identity, load)
+
+    def shared(self, spec: ModelSpec, load: Callable[[], T]) -> T:
+        """The network of `spec`, made by `load` on first use in this process, for all entries of its task that hold it.
+
+        Counted in `loads` as `network@` and the first 12 digits of `spec.network`.
+        """
+        return self._once(_Key(spec.task, spec.network), spec, f"network@{spec.network[:12]}", load)
+
+    def _once(self, key: _Key, spec: ModelSpec, counted_as: str, load: Callable[[], T]) -> T:
         with self._lock:
             turn = self._loading.setdefault(key, threading.RLock())
         if key in self._loaded:
@@ -206,7 +234,7 @@ class ModelRegistry:
                     if told is error:
                         raise
                     raise told from error
-                self.loads[spec.identity] = self.loads.get(spec.identity, 0) + 1
+                self.loads[counted_as] = self.loads.get(counted_as, 0) + 1
             return self._loaded[key]  # type: ignore[no-any-return]
 
 
