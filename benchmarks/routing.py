@@ -45,7 +45,6 @@ from media_assets.transcript import Transcript
 from resources.errors import NotApplicable
 from resources.library import Library
 from resources.models.registry import CATALOGUE, ModelRegistry
-from resources.registry import uri_of
 from resources.storage import DerivedStore
 
 DECODED = ("media", "frames", "audio")
@@ -86,12 +85,9 @@ def half_of(golden: Golden, half: str) -> Golden:
     return replace(golden, items=tuple(kept))
 
 
-def prepared(library: Library, golden: Golden, stage: Stage[Any, Any]) -> Iterator[tuple[Inputs, Prepared[Any]]]:
-    """Every golden item the stage applies to; both variants share what was prepared."""
-    uris = {uri_of(golden.root / item.file) for item in golden.items}
+def prepared(library: Library, stage: Stage[Any, Any]) -> Iterator[tuple[Inputs, Prepared[Any]]]:
+    """Every item the stage applies to; both variants share what was prepared."""
     for row in library.registry.live():
-        if row["uri"] not in uris:
-            continue
         inputs = Inputs(MediaItem(row["media_id"], row["uri"], row["etag"]), library.store, "benchmark")
         if all(library.store.exists(asset, inputs.media_id) for asset in stage.inputs):
             try:
@@ -103,9 +99,7 @@ def prepared(library: Library, golden: Golden, stage: Stage[Any, Any]) -> Iterat
 def compare(library: Library, golden: Golden, variants: Sequence[Variant], task: str) -> dict[str, Any]:
     """Figures of one task."""
     wanted = set(golden.match(library.items()).values())
-    items = [
-        (inputs, made) for inputs, made in prepared(library, golden, variants[0].stage) if inputs.media_id in wanted
-    ]
+    items = [(inputs, made) for inputs, made in prepared(library, variants[0].stage) if inputs.media_id in wanted]
     units = [replace(unit, id=f"{inputs.media_id}/{unit.id}") for inputs, made in items for unit in made.units]
     for variant in variants:
         variant.stage.load()
