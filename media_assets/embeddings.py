@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -21,6 +22,8 @@ from resources.models.registry import ModelSpec
 JOINT, VISUAL = "joint", "visual"
 TEXT_COST = 0.1
 """A text's share of a picture's time in the model, as measured on a CPU."""
+READ_THREADS = 2
+"""Threads that read the stills of a micro-batch."""
 
 Row: TypeAlias = dict[str, Any]
 Vector: TypeAlias = npt.NDArray[np.float32]
@@ -140,17 +143,14 @@ class Embeddings(Stage[Still | str, Embedded]):
         return Product(schemas.table(self.schema, rows), facts={**spared, **counts})
 
     def _embed_stills(self, units: Sequence[Unit[Still | str]]) -> dict[str, Embedded | Failure]:
-        answers: dict[str, Embedded | Failure] = {}
-        readable = []
-        for unit in units:
-            if isinstance(unit.payload, Still):
-                try:
-                    readable.append((unit.id, read_still(unit.payload.image)))
-                except (OSError, ValueError) as error:
-                    answers[unit.id] = Failure.of(error)
-        if readable:
-            joint, visual = self._model().embed_images([picture for _, picture in readable])
-            for (unit_id, _), one, other in zip(readable, joint, visual, strict=True):
+        stills = {unit.id: unit.payload.image for unit in units if isinstance(unit.payload, Still)}
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            read = dict(zip(stills, pool.map(_read, stills.values()), strict=True))
+        answers: dict[str, Embedded | Failure] = {key: got for key, got in read.items() if isinstance(got, Failure)}
+        pictures = {key: got for key, got in read.items() if not isinstance(got, Failure)}
+        if pictures:
+            joint, visual = self._model().embed_images(list(pictures.values()))
+            for unit_id, one, other in zip(pictures, joint, visual, strict=True):
                 answers[unit_id] = Embedded(one, other)
         return answers
 
@@ -161,6 +161,13 @@ class Embeddings(Stage[Still | str, Embedded]):
 
     def _model(self) -> OpenClip:
         return self.models.loaded(self.spec, lambda: OpenClip(self.spec, self.models.cache))
+
+
+def _read(image: bytes) -> Image.Image | Failure:
+    try:
+        return read_still(image)
+    except (OSError, ValueError) as error:
+        return Failure.of(error)
 
 
 def _still_id(frame: int) -> str:

@@ -35,6 +35,7 @@ from resources.errors import (
 )
 from resources.faults import fault
 from resources.heartbeat import Pulse
+from resources.models.registry import waited_s
 from resources.outcomes import Claim, Cost, LostClaim, Outcome, OutcomeStore, Status, Withdrawn
 from resources.settings import Settings
 from resources.storage import DerivedStore
@@ -98,7 +99,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """What a background call answers with: the call's key, its value or its error, and how long it took."""
+    """What a background call answers with: the call's key, its value or its error, and the seconds its work took."""
 
     key: Any
     value: Any
@@ -129,12 +130,13 @@ class Hung(Exception):
 
 
 def _timed(key: Any, call: Callable[[], Any]) -> Event:
-    start = time.perf_counter()
+    # Models that are loaded on the way are no item's cost: the planner takes what an item cost for what the next will.
+    start = time.perf_counter() - waited_s()
     try:
         value = call()
     except BaseException as error:  # noqa: BLE001 - recorded on the item; nothing may escape a lane
-        return Event(key, None, error, time.perf_counter() - start)
-    return Event(key, value, None, time.perf_counter() - start)
+        return Event(key, None, error, time.perf_counter() - waited_s() - start)
+    return Event(key, value, None, time.perf_counter() - waited_s() - start)
 
 
 class Serial:

@@ -76,7 +76,7 @@ def expectations_check(library: Library, asset: str, media_ids: Sequence[str] | 
     from media_assets.expectations import validate
 
     table = batch_table(library, asset, media_ids)
-    report = validate(asset, table, batch_table(library, "media", media_ids))
+    report = validate(asset, table, table if asset == "media" else batch_table(library, "media", media_ids))
     worst = [
         dg.TableRecord(
             {

@@ -14,6 +14,7 @@ from media_assets import schemas
 from resources import heartbeat
 from resources.errors import Failure, ModelUnavailable
 from resources.models.registry import ModelRegistry, ModelSpec, Route
+from resources.models.screens import Screen
 from resources.settings import Settings
 from resources.storage import DerivedStore
 from resources.tuning import tuned
@@ -175,6 +176,7 @@ class Stage(ABC, Generic[P, O]):
     code_version: ClassVar[str]
     tasks: ClassVar[tuple[str, ...]] = ()
     routed: ClassVar[tuple[str, ...]] = ()  # tasks among them whose routes the stage follows
+    screened: ClassVar[tuple[tuple[str, ...], ...]] = ()  # tasks among them whose models may screen one another
     micro_batch: ClassVar[int] = 8
     description: ClassVar[str] = ""
 
@@ -186,6 +188,12 @@ class Stage(ABC, Generic[P, O]):
                 f"{self.name} asks one model of task {', '.join(ignored)} and follows no route.",
                 f"Remove the route from {models.path.name}.",
             )
+        for task in self.tasks:
+            if (found := models.screen(task)) and not any({task, found[1].task} <= {*group} for group in self.screened):
+                raise ModelUnavailable(
+                    f"{self.name} cannot let {found[1].name} ({found[1].task}) look first at what task {task} is for.",
+                    f"Remove the screen from {models.path.name}.",
+                )
 
     @property
     def schema(self) -> pa.Schema:
@@ -203,12 +211,22 @@ class Stage(ABC, Generic[P, O]):
         return schemas.SIDES.get(self.name, {})
 
     def specs(self) -> tuple[ModelSpec, ...]:
-        """Specs of the models that may answer; their identity enters the version, as that of `routes` does."""
-        return tuple(spec for task in self.tasks for spec in self.models.asked(task))
+        """Specs of the models that may answer; their identity enters the version, as those of routes and screens do."""
+        asked = [spec for task in self.tasks for spec in self.models.asked(task)]
+        first = [found[1] for task in self.tasks if (found := self.models.screen(task))]
+        return tuple({(spec.task, spec.digest): spec for spec in (*asked, *first)}.values())
+
+    def held(self) -> tuple[ModelSpec, ...]:
+        """Specs of the models that `load` and `infer` keep in memory; default: all."""
+        return self.specs()
 
     def routes(self) -> tuple[Route, ...]:
         """Declared routes between models of the stage's tasks."""
         return self.models.routes(self.tasks)
+
+    def screens(self) -> tuple[Screen, ...]:
+        """Declared screens of the stage's tasks."""
+        return tuple(found[0] for task in self.tasks if (found := self.models.screen(task)))
 
     def units_per_call(self, scale: int = 1) -> int:
         """Size of a micro-batch: what models.toml says of its models, else what was tuned, else `micro_batch`.

@@ -402,6 +402,11 @@ class OutcomeStore:
             history, changed, pending = connection.execute(query).one()
         return f"{history} {changed and changed.isoformat()} {pending}"
 
+    def exist(self) -> bool:
+        """Whether anything was ever worked on."""
+        with self._engine.connect() as connection:
+            return bool(connection.execute(sa.text("select exists (select from outcome_history)")).scalar())
+
     def rows(self) -> list[dict[str, Any]]:
         """Every record of a live item, as plain rows for the `outcomes` view."""
         query = sa.text(

@@ -53,7 +53,7 @@ def connect(settings: Settings) -> None:
     check_reachable(where, settings.ray.connect_timeout_s)
     try:
         ray.init(where, configure_logging=False, logging_level=logging.ERROR, log_to_driver=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ClusterUnavailable(f"The Ray cluster at {where} cannot be used: {error}") from error
 
 

@@ -18,7 +18,7 @@ from media_assets.embeddings import Embeddings, Still
 from media_assets.stage import Inputs, MediaItem, Unit
 from resources.errors import Failure, ModelUnavailable
 from resources.models.openclip import OpenClip
-from resources.models.openclip_offline import CHECKPOINT, DIGESTS, offline_checkpoint
+from resources.models.openclip_offline import CHECKPOINT, DIGESTS, local_towers, offline_checkpoint
 from resources.models.registry import ModelRegistry
 from resources.models.weights import locate
 from resources.storage import DerivedStore
@@ -144,6 +144,20 @@ def test_vectors_do_not_depend_on_the_batch(model: OpenClip) -> None:
     for vectors in (*together, texts_together):
         assert vectors.dtype == np.float32
         assert np.linalg.norm(vectors, axis=1) == pytest.approx(1.0, abs=ROUNDING)
+
+
+def test_the_tower_gives_what_its_checkpoint_gives(model: OpenClip, models: ModelRegistry) -> None:
+    import open_clip
+    import torch
+
+    spec = models.spec("embedding")
+    folder = offline_checkpoint(locate(spec, models.cache), spec, models.cache)
+    stock, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}", **local_towers(folder))
+    stock.eval()
+    pictures = [_picture(name) for name in QUERIES]
+    with torch.inference_mode():
+        expected = stock.encode_image(torch.stack([preprocess(p) for p in pictures]), normalize=True).numpy()
+    assert model.encode_images(pictures) == pytest.approx(expected, abs=ROUNDING)
 
 
 def test_long_text_is_split_without_losing_its_end(model: OpenClip) -> None:

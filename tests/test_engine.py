@@ -16,12 +16,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from media_assets.engine import MAX_HANGS, BatchEngine, How, Result, Serial, Threads
+from media_assets.engine import MAX_HANGS, BatchEngine, How, Result, Serial, Threads, _timed
 from media_assets.stage import Inputs, MediaItem
 from resources.database import Database
 from resources.errors import Failure, ModelUnavailable, Undecodable
 from resources.heartbeat import beat
 from resources.library import Library
+from resources.models.registry import ModelRegistry
 from resources.outcomes import OutcomeStore, Status
 from resources.settings import Engine, Settings
 from resources.storage import DerivedStore
@@ -543,3 +544,30 @@ def test_an_input_too_large_alone_is_set_aside(bench: Bench) -> None:
     assert {key[0] for key, result in results.items() if not result.done} == {"b"}
     outcome = results["b", "numbers"].outcome
     assert (outcome.status, outcome.error_class) == (Status.QUARANTINED, "out_of_memory")
+
+
+def test_loading_a_model_is_no_items_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given a call that loads a model, which loads another, then its seconds are those of its work alone."""
+    now = 0.0
+
+    def take(seconds: float, answer: object = None) -> object:
+        nonlocal now
+        now += seconds
+        return answer
+
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    models = ModelRegistry(Settings(home=tmp_path))
+    outer, inner = models.spec("asr"), models.spec("vad")
+
+    def load() -> object:
+        models.loaded(inner, lambda: take(20, "inner"))
+        return take(30, "outer")
+
+    def work() -> object:
+        take(1)
+        models.loaded(outer, load)
+        return take(2)
+
+    assert _timed("key", work).seconds == 3
+    assert _timed("key", work).seconds == 3
+    assert now == 56

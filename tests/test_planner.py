@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -21,7 +22,8 @@ from resources.outcomes import Claim, Cost, Status
 from resources.registry import Upload
 from resources.settings import Compute, Engine, GroupNeeds, Settings
 from resources.settings import Planner as PlannerSettings
-from sensors.planner import follow, request
+from sensors.intervals import stay_s
+from sensors.planner import build_planner_sensor, follow, request
 
 PASSING = Failure("model_failed", "The model did not answer.", retryable=True)
 PERMANENT = Failure("undecodable", "It does not decode.", retryable=False)
@@ -411,3 +413,20 @@ def test_a_claim_during_the_planners_look_is_not_hidden(library: Library) -> Non
     assert library.outcomes.reset([reset], ["audio"], finished=True) == 1
     library.backlog.settle(keys, planner.plan, read_at)
     assert {upload.media_id for upload in library.backlog.waiting(planner.plan, 10)} == {claimed, reset}
+
+
+def test_an_idle_tick_is_there_when_an_upload_comes(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given a thread for each sensor and nothing to do, when an upload is registered, then the same tick plans it."""
+    monkeypatch.setattr("sensors.intervals._STAY_S", 60.0)
+    library.settings = library.settings.model_copy(update={"partitions": "media"})
+    sensor = build_planner_sensor(library.settings, [build_express_job(library.settings)])
+    threads = {"sensors": {"use_threads": True}}
+    with dg.DagsterInstance.local_temp(str(tmp_path), overrides=threads) as instance:
+        threading.Timer(1.0, lambda: register(library, "a.jpg")).start()
+        with dg.build_sensor_context(instance=instance, resources={"media": library}) as context:
+            (asked,) = sensor.evaluate_tick(context).run_requests or ()
+    assert asked.job_name == f"process_{EXPRESS}"
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+        assert stay_s(instance) == 0

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from resources.models.weights import locate
 
 Picture = npt.NDArray[np.uint8]
 Quad = npt.NDArray[np.float32]
+Region = tuple[Picture, Quad]
+"""A picture, and where on it one line of text stands."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +69,16 @@ class EasyOcrReader:
                 "Give the weights of these languages in models.toml.",
             ) from error
 
-    def read(self, picture: Picture, quads: Sequence[Quad]) -> tuple[Reading, ...]:
-        """One reading per quad, in the order given.
+    def read(self, regions: Sequence[Region]) -> tuple[Reading, ...]:
+        """One reading per region, in the order given.
 
-        `picture` is uint8 [height, width, 3] RGB; each quad float32 [4, 2] in its pixels, clockwise from
+        Each picture is uint8 [height, width, 3] RGB; each quad float32 [4, 2] in its pixels, clockwise from
         the top left *of the text*, at least one pixel wide and high.
         """
+        pages = (list(page) for _, page in groupby(regions, lambda region: id(region[0])))
+        return tuple(reading for page in pages for reading in self._read_page(page[0][0], [quad for _, quad in page]))
+
+    def _read_page(self, picture: Picture, quads: Sequence[Quad]) -> Iterator[Reading]:
         import cv2
 
         grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
@@ -86,7 +93,7 @@ class EasyOcrReader:
         )
         # EasyOCR sorts its answers, but hands each box back unchanged: that is the key.
         answers = {tuple(box): Reading(str(text), float(confidence)) for box, text, confidence in found}
-        return tuple(answers.get(tuple(box), Reading("", 0.0)) for box in boxes)
+        return (answers.get(tuple(box), Reading("", 0.0)) for box in boxes)
 
 
 def load(spec: ModelSpec, cache: Path) -> EasyOcrReader:

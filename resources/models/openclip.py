@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -17,6 +18,7 @@ from resources.models.openclip_offline import (
     CONFIG,
     IMAGE_TOWER,
     IMAGE_WEIGHTS,
+    fold_normalisations,
     local_towers,
     offline_checkpoint,
     register_image_tower,
@@ -45,6 +47,9 @@ class OpenClip:
     rounding (about 1e-6). Two spaces: `joint`, shared by pictures and texts, and `visual`, the image tower's pooled
     features before they are mapped to texts, which tells crops and copies of one picture from like pictures.
     An image tower that is no timm model has no such features to offer; there `visual` equals `joint`.
+
+    On a CPU a batch is cut into one part per core, each computed in one thread: small convolutions shared by several
+    threads spend more time waiting for each other than computing.
     """
 
     def __init__(self, spec: ModelSpec, cache: Path) -> None:
@@ -60,6 +65,7 @@ class OpenClip:
 
     def _open(self, spec: ModelSpec, folder: Path) -> None:
         import open_clip
+        import torch
 
         self._device = devices.for_torch(spec.parameters.get("device", "cpu"))
         # Half precision on a CPU is slower than full, where it works at all.
@@ -70,6 +76,11 @@ class OpenClip:
             name, precision=precision, device=self._device, **local_towers(folder)
         )
         self._model.eval()
+        if self._device == "cpu" and precision == "fp32" and IMAGE_TOWER in (folder / CONFIG).read_text():
+            fold_normalisations(self._model.visual.trunk)
+        self._model.visual.to(memory_format=torch.channels_last)
+        self._parts = torch.get_num_threads() if self._device == "cpu" else 1
+        self._pool = _single_threaded(self._parts if self._device == "cpu" else DECODE_THREADS)
         self._dtype = open_clip.get_input_dtype(precision)
         self._tokenizer: Any = open_clip.get_tokenizer(name)
         text_config = getattr(getattr(self._model, "text", None), "config", None)
@@ -80,16 +91,13 @@ class OpenClip:
 
         A picture is a PIL image or uint8 [height, width, 3].
         """
-        import torch
-
-        joint, visual = [], []
-        with ThreadPoolExecutor(DECODE_THREADS) as pool, torch.inference_mode():
-            for start in range(0, len(pictures), IMAGE_BATCH):
-                prepared = list(pool.map(self._prepared, pictures[start : start + IMAGE_BATCH]))
-                one, other = self._towers(torch.stack(prepared).to(self._device, self._dtype))
-                joint.append(_unit(one))
-                visual.append(_unit(other))
-        return _joined(joint), _joined(visual)
+        size = min(IMAGE_BATCH, -(-len(pictures) // self._parts)) or 1
+        parts = [pictures[start : start + size] for start in range(0, len(pictures), size)]
+        if self._device == "cpu":
+            found = list(self._pool.map(self._embed, parts))
+        else:
+            found = [self._embed(part, self._pool.map) for part in parts]
+        return _joined([joint for joint, _ in found]), _joined([visual for _, visual in found])
 
     def encode_images(self, pictures: Sequence[Picture]) -> Vectors:
         """Joint vectors of pictures, float32 [n, d], unit length."""
@@ -155,6 +163,19 @@ class OpenClip:
                 vectors.update(zip(chosen, encoded, strict=True))
         return np.stack([vectors[at] for at in range(len(texts))]) if texts else _joined([])
 
+    def _embed(
+        self,
+        pictures: Sequence[Picture],
+        mapped: Callable[[Callable[[Picture], Tensor], Sequence[Picture]], Iterable[Tensor]] = map,
+    ) -> tuple[Vectors, Vectors]:
+        """Joint and visual vectors of one batch, its pictures prepared by `mapped`."""
+        import torch
+
+        with torch.inference_mode():
+            pixels = torch.stack(list(mapped(self._prepared, pictures))).to(self._device, self._dtype)
+            joint, visual = self._towers(pixels.contiguous(memory_format=torch.channels_last))
+            return _unit(joint), _unit(visual)
+
     def _prepared(self, picture: Picture) -> Tensor:
         image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
         prepared: Tensor = self._preprocess(image.convert("RGB"))
@@ -167,6 +188,20 @@ class OpenClip:
             return joint, joint
         pooled = tower.trunk.forward_head(tower.trunk.forward_features(pixels), pre_logits=True)
         return tower.head(tower.trunk.get_classifier()(pooled)), pooled
+
+
+def _single_threaded(workers: int) -> ThreadPoolExecutor:
+    """A pool of `workers` threads, all started, in each of which torch keeps to one thread."""
+    import torch
+
+    before = torch.get_num_threads()
+    started = Barrier(workers + 1)
+    pool = ThreadPoolExecutor(workers, "openclip", initializer=torch.set_num_threads, initargs=(1,))
+    for _ in range(workers):
+        pool.submit(started.wait)
+    started.wait()
+    torch.set_num_threads(before)  # what threads to come start with is the process's, and the pool has changed it
+    return pool
 
 
 def normalised(vectors: npt.NDArray[np.floating]) -> Vectors:

@@ -14,6 +14,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,6 +110,23 @@ def register_image_tower() -> None:
         return trunk  # type: ignore[no-any-return]
 
     register_model(tf_efficientnet_lite0_conse)
+
+
+def fold_normalisations(trunk: Any) -> None:
+    """Fold every batch normalisation of the image tower into the convolution before it, in place.
+
+    The same function but for rounding, in about half the time on a CPU. The tower is timm's EfficientNet, which
+    applies the normalisation that is registered next to a convolution right after it.
+    """
+    from timm.layers import BatchNormAct2d
+    from torch import nn
+    from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+    for module in list(trunk.modules()):
+        for (name, convolution), (next_name, norm) in pairwise(list(module.named_children())):
+            if isinstance(convolution, nn.Conv2d) and isinstance(norm, BatchNormAct2d):
+                setattr(module, name, fuse_conv_bn_eval(convolution, norm))
+                setattr(module, next_name, norm.act)
 
 
 def _identity(spec: ModelSpec) -> str:

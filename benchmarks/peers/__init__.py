@@ -1,0 +1,1 @@
+"""The same models over the same files through the engine, Ray Data and Daft."""
