@@ -177,9 +177,9 @@ def not_loaded(what: str, error: BaseException) -> MediaError:
         return ModelUnavailable(f"{what} cannot be loaded: there is too little memory.", remedy)
     if isinstance(error, MediaError):
         return error
-    said = _text(error, 300)
+    said = _text(error, 300).rstrip(". ")
     if _is_no_device(error):
-        return ModelUnavailable(f"{what} cannot be loaded, for the GPU cannot be used: {said}", _DEVICE_REMEDY)
+        return ModelUnavailable(f"{what} cannot be loaded, for the GPU cannot be used: {said}.", _DEVICE_REMEDY)
     return ModelUnavailable(
         f"{what} cannot be loaded: {type(error).__name__}: {said}.",
         "Check its weights, the free space where they are kept, and the version of its library.",
