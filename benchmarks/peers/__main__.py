@@ -288,10 +288,11 @@ def compare(bench: Bench, task: str, folder: Path, rounds: int) -> dict[str, Any
     found: dict[str, list[Outcome]] = {variant.name: [] for variant in variants}
     for turn in range(rounds):
         for variant in variants[:: -1 if turn % 2 else 1]:
-            print(f"{task}, round {turn + 1}: {variant.name}", file=sys.stderr, flush=True)
             outcome = bench.run(variant, task, folder)
             if outcome.code:
                 raise SystemExit(f"{variant.name} failed:\n{outcome.said[-4000:]}")
+            seconds = f"{outcome.work_s:.1f} s in work, {outcome.whole_s:.0f} s whole"
+            print(f"{task}, round {turn + 1}: {variant.name}: {seconds}", file=sys.stderr, flush=True)
             found[variant.name].append(outcome)
     base = found[OURS.name][0].rows
     count = len(list(folder.iterdir()))
@@ -362,8 +363,8 @@ def faults(bench: Bench, folder: Path) -> dict[str, Any]:
     figures: dict[str, Any] = {"files": len(names)}
 
     def account(label: str, expected: Iterable[str], outcome: Outcome, **more: Any) -> None:
-        print(f"faults: {label}", file=sys.stderr, flush=True)
         figures[label] = {**accounted(expected, outcome), **more}
+        print(f"{label}: {figures[label]}", file=sys.stderr, flush=True)
 
     for variant in peers:
         account(f"{variant.name}: worker killed", names, bench.run(variant, "images", folder, kill=Killer(len(names))))

@@ -18,6 +18,7 @@ from resources.models.registry import ModelRegistry
 from resources.settings import Settings
 
 VECTOR = pa.list_(pa.float32())
+STRETCHES = 8  # most that Whisper is given at once, as in the engine
 
 
 class Task(Protocol):
@@ -56,7 +57,7 @@ class Images:
 class Speech:
     """Clips as text of `whisper-base`: voice activity, merged stretches of up to 30 s, Whisper."""
 
-    batch = 8
+    batch = 4
     answer = pa.struct([("text", pa.string())])
 
     def __init__(self, models: ModelRegistry, threads: int) -> None:
@@ -86,8 +87,8 @@ class Speech:
             stretches |= {(number, at): Stretch(part, samples[0]) for at, part in enumerate(samples)}
         keys = list(stretches)
         heard: dict[Any, Any] = {}
-        for first in range(0, len(keys), self.batch):
-            heard |= self._recogniser.transcribe({key: stretches[key] for key in keys[first : first + self.batch]})
+        for first in range(0, len(keys), STRETCHES):
+            heard |= self._recogniser.transcribe({key: stretches[key] for key in keys[first : first + STRETCHES]})
         texts = [" ".join(heard[key].text for key in keys if key[0] == number) for number in range(len(files))]
         return [{"text": text.strip()} for text in texts]
 
@@ -127,7 +128,7 @@ class PlainImages:
 class PlainSpeech:
     """Clips as text of the same Whisper, one after the other by faster-whisper's own call, with its VAD."""
 
-    batch = 8
+    batch = 4
     answer = pa.struct([("text", pa.string())])
 
     def __init__(self, models: ModelRegistry, threads: int) -> None:
