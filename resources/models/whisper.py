@@ -130,16 +130,13 @@ def load_network(spec: ModelSpec, cache: Path) -> WhisperNetwork:
     if wanted == "cuda" and not cuda:
         raise ModelUnavailable(f"Model {spec.name} wants a GPU, there is none.", 'Set its device to "auto".')
     device = "cuda" if cuda else "cpu"
-    try:
-        model = WhisperModel(
-            str(weights["model.bin"].parent),
-            device=device,
-            compute_type=_compute_type(spec.precision, cuda),
-            cpu_threads=_usable_cpus(),
-            local_files_only=True,
-        )
-    except (RuntimeError, ValueError, OSError) as error:
-        raise ModelUnavailable(f"Model {spec.name} does not load: {error}.", "Check the weights.") from error
+    model = WhisperModel(
+        str(weights["model.bin"].parent),
+        device=device,
+        compute_type=_compute_type(spec.precision, cuda),
+        cpu_threads=_usable_cpus(),
+        local_files_only=True,
+    )
     return WhisperNetwork(model, device)
 
 
