@@ -1,6 +1,6 @@
 """Steps on a Ray cluster of separate raylets on this machine: where they run, what a dead node costs, what Ray costs.
 
-    python -m benchmarks.ray_cluster [--items 300] [--seed 7]
+    python -m benchmarks.ray_cluster [--items 300] [--seed 7] [--apart]
 
 The same photos go through the decode stages, tagged as work for a GPU:
 
@@ -10,6 +10,8 @@ The same photos go through the decode stages, tagged as work for a GPU:
 3. killed: one run with all photos on a cluster of a CPU node and two GPU nodes; the node it is on is killed with -9
    when a third of the photos is done. The run must succeed on the other GPU node, with the bytes of the local run, and
    without an item finished twice.
+
+With `--apart` each node has a network namespace of its own (Linux, as root): what is killed takes its network along.
 
 Ends with one JSON line; exit 1 when one of these does not hold.
 """
@@ -129,9 +131,9 @@ class Bench:
         self.library.close()
 
 
-def spread(bench: Bench) -> float:
+def spread(bench: Bench, apart: bool) -> float:
     """Wall seconds of two runs at once, on two nodes with one CPU each."""
-    with ray_cluster((1, 1), (1, 1), dashboard=True) as cluster:
+    with ray_cluster((1, 1), (1, 1), dashboard=True, apart=apart) as cluster:
         os.environ |= {"RAY_ADDRESS": cluster.dashboard, **ONE_CORE}
         start = time.perf_counter()
         with ThreadPoolExecutor(2) as pool:
@@ -141,9 +143,9 @@ def spread(bench: Bench) -> float:
         return time.perf_counter() - start
 
 
-def killed(bench: Bench) -> dict[str, Any]:
+def killed(bench: Bench, apart: bool) -> dict[str, Any]:
     """One run whose node is killed in the middle: what became of it."""
-    with ray_cluster((1, 0), (1, 1), (1, 1), dashboard=True) as cluster:
+    with ray_cluster((1, 0), (1, 1), (1, 1), dashboard=True, apart=apart) as cluster:
         os.environ |= {"RAY_ADDRESS": cluster.dashboard, **ONE_CORE}
         killer = _Killer(bench, cluster)
         killer.start()
@@ -196,6 +198,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--items", type=int, default=300)
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--apart", action="store_true", help="a network namespace for each node")
     arguments = parser.parse_args()
     before = dict(os.environ)
     with tempfile.TemporaryDirectory(prefix="ray-bench-") as folder:
@@ -211,11 +214,11 @@ def main() -> int:
         local_work_s = local.in_work_s()
         local.close()
         halves = Bench(root / "spread", root / "media")
-        spread_s = spread(halves)
+        spread_s = spread(halves, arguments.apart)
         spread_work_s, spread_files = halves.in_work_s(), halves.files()
         halves.close()
         victim = Bench(root / "killed", root / "media")
-        figures = killed(victim)
+        figures = killed(victim, arguments.apart)
         figures["outputs_identical"] = victim.files() == calm and spread_files == calm
         victim.close()
     os.environ.clear()
@@ -223,6 +226,7 @@ def main() -> int:
     count = arguments.items
     figures = {
         "items": count,
+        "network_namespaces": arguments.apart,
         "local_s": round(local_s, 2),
         "local_in_work_s": round(local_work_s, 2),
         "ray_s": round(spread_s, 2),

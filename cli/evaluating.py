@@ -11,6 +11,7 @@ from evals.baseline import home_folder, store_baseline
 from evals.evaluate import EVALS, evaluate
 from evals.probes import golden_for, reader_of
 from resources.library import Library
+from resources.outcomes import EVALUATION
 
 if TYPE_CHECKING:
     from evals.result import EvalResult
@@ -21,13 +22,14 @@ def evaluate_all(library: Library, folder: str | None, keep: bool, console: Cons
 
     Raises GoldenSetError, NotProcessedError.
     """
-    golden, tables = golden_for(library, folder), reader_of(library)
-    results: list[EvalResult] = []
-    for name in EVALS:
-        console.print(f"evaluating {name}", style="dim")
-        result = evaluate(name, golden, tables)
-        result.write(library.settings.home)
-        results.append(result)
+    with library.outcomes.lease(EVALUATION):  # a purge waits for whoever may still write
+        golden, tables = golden_for(library, folder), reader_of(library)
+        results: list[EvalResult] = []
+        for name in EVALS:
+            console.print(f"evaluating {name}", style="dim")
+            result = evaluate(name, golden, tables)
+            result.write(library.settings.home)
+            results.append(result)
     if keep:
         store_baseline(results, home_folder(library.settings.home))
     return [_told(result, golden, library) for result in results]

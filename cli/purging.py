@@ -23,6 +23,7 @@ from resources.erasure import Eraser, Subject, Twin, erase_log_lines, erase_serv
 from resources.event_log import EventLog
 from resources.faults import fault
 from resources.library import Library
+from resources.outcomes import EVALUATION
 from resources.traces import scan
 
 _MOST_SHOWN = 30
@@ -113,7 +114,7 @@ def erase(library: Library, subjects: Sequence[Subject], twins: Sequence[Twin], 
     files = golden_files(library, [(one.media_id, one.uri, one.sha256) for one in subjects])
     while True:
         # A run that began before the tombstones may still write; one that begins now finds no live item.
-        before = library.outcomes.alive(events.unfinished_runs())
+        before = library.outcomes.alive([*events.unfinished_runs(), EVALUATION])
         _erase(library, subjects, files, report, console)
         _say(console, "looking for what is left in every file and table")
         found = scan(library.store, library.settings.home, library.database, ids)

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from resources.errors import printable
+from resources.event_log import EventLog
 from resources.library import Library
 
 if TYPE_CHECKING:
@@ -185,11 +186,16 @@ def show_item(library: Library, media_id: str, as_json: bool) -> bool:
     """Everything recorded about one item; False when it is not known."""
     rows = library.registry.live([media_id])
     records = sorted(library.outcomes.load([media_id]).values(), key=lambda record: record.asset)
+    failed = EventLog(library.database).failed_run(media_id) if rows else None
     if as_json:
         from dataclasses import asdict
 
-        item = rows[0] if rows else None
-        print(json.dumps({"item": item, "outcomes": [asdict(record) for record in records]}, default=_plain))
+        told = {
+            "item": rows[0] if rows else None,
+            "outcomes": [asdict(record) for record in records],
+            "failed_run": asdict(failed) if failed else None,
+        }
+        print(json.dumps(told, default=_plain))
         return bool(rows)
     if not rows:
         _out.print(f"No live item {_shown(media_id)}.")
@@ -211,6 +217,12 @@ def show_item(library: Library, media_id: str, as_json: bool) -> bool:
             _shown(error, 400),
         )
     _out.print(table)
+    if failed is not None:
+        _out.print(
+            f"[yellow]Its last run failed[/yellow] ({failed.job} {failed.run_id}, ended"
+            f" {failed.ended_at:%Y-%m-%d %H:%M} UTC): {_shown(failed.error, 600)}",
+            highlight=False,
+        )
     return True
 
 

@@ -40,15 +40,9 @@ def open_search(library: Library) -> SearchEngine:
 
 def _encoder(library: Library) -> Callable[[list[str]], Vectors]:
     """Encodes texts in the joint space: with the warm model of the cluster where models are served, else in here."""
-    if library.settings.serving.backend == "ray":
-        from media_assets.remote import text_encoder
+    from media_assets.remote import text_encoder
 
-        return text_encoder(library)
-    from resources.models.openclip import OpenClip
-
-    models = library.models
-    spec = models.spec("embedding")
-    return models.loaded(spec, lambda: OpenClip(spec, models.cache)).encode_texts
+    return text_encoder(library.settings, library.models)
 
 
 def example_queries(library: Library) -> list[str]:

@@ -58,36 +58,40 @@ class QueryEncoder:
 
 
 class PolicyModerator:
-    """The champion toxicity model followed by the policy of the installation."""
+    """The toxicity models of the graph, as its screen asks them, followed by the policy of the installation."""
 
     MODALITY = "text"
 
     def __init__(self, settings: Settings, models: ModelRegistry) -> None:
+        from media_assets.moderation_scores import TEXT_TASK, ModerationScores
+
         self._settings = settings
-        self._models = models
-        self._spec = models.spec("toxicity")
+        self._stage = ModerationScores(settings, models)
+        self._specs = [spec for spec in self._stage.specs() if spec.task == TEXT_TASK]
 
     @property
     def identity(self) -> str:
-        """Identity of the text model and version of the policy."""
-        return f"{self._spec.identity}+policy-{load_policy(self._settings.home).version}"
+        """Identities of the text models and version of the policy."""
+        version = load_policy(self._settings.home).version
+        return "+".join([*(spec.identity for spec in self._specs), f"policy-{version}"])
 
     def judge(self, texts: Sequence[str]) -> list[Verdict]:
         """A verdict per text, in order. Raises ModelUnavailable, PolicyError."""
-        from media_assets.moderation_scores import label_map, relabel
-        from resources.models.toxicity import load_text_scorer
+        from media_assets.moderation_scores import TextUnit
 
         policy = load_policy(self._settings.home)
-        scorer = self._models.loaded(self._spec, lambda: load_text_scorer(self._spec, self._models.cache))
-        labels = label_map(self._spec)
-        return [self._verdict(policy, relabel(classes, labels)) for classes in scorer.score(texts)]
+        answers = self._stage.answer_texts({str(number): TextUnit(text) for number, text in enumerate(texts)})
+        return [self._verdict(policy, answers[str(number)].labels) for number in range(len(texts))]
 
-    def _verdict(self, policy: Policy, scores: Mapping[str, float]) -> Verdict:
-        identity = self._spec.identity
-        rows = [Score(label, score, 0.0, 0.0, self.MODALITY, identity, "0") for label, score in scores.items()]
+    def _verdict(self, policy: Policy, labels: Mapping[str, Mapping[str, float]]) -> Verdict:
+        rows = [
+            Score(label, score, 0.0, 0.0, self.MODALITY, identity, "0")
+            for identity, scores in labels.items()
+            for label, score in scores.items()
+        ]
         found = [decision for decision in decide(policy, rows) if decision.label != NO_FINDING]
-        labels = frozenset(decision.label for decision in found)
-        return Verdict(labels, any(d.action != "allow" for d in found), max(scores.values(), default=0.0))
+        names = frozenset(decision.label for decision in found)
+        return Verdict(names, any(d.action != "allow" for d in found), max((row.score for row in rows), default=0.0))
 
 
 def reader_of(media: Media) -> Reader:

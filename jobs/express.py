@@ -73,7 +73,20 @@ def _needs(settings: Settings) -> Needs:
         memory_bytes=max(needs.memory_bytes for needs in every),
         gpu_memory_bytes=max(needs.gpu_memory_bytes for needs in every),
         gpu_required=any(needs.gpu_required for needs in every),
+        pool=pools(settings)[0],
     )
+
+
+def pools(settings: Settings) -> list[str]:
+    """Pools of the groups, that of the hungriest first; the plain `cpu` only where there is no other.
+
+    A step is in one pool alone. With several of them, an express run would get around the limits of all but one: the
+    planner then launches none.
+    """
+    hungriest_first = sorted(groups(settings), key=lambda group: -group.needs.gpus)
+    names = list(dict.fromkeys(group.needs.pool_name for group in hungriest_first))
+    plain = Needs().pool_name
+    return [name for name in names if name != plain] or [plain]
 
 
 def _rebuild(context: dg.OpExecutionContext, library: Library) -> Iterator[Any]:

@@ -113,6 +113,7 @@ def _client(settings: Settings) -> Any:
     """A client of the cluster's job server whose requests end. Raises ClusterUnavailable."""
     where = address(settings)
     check_reachable(where, settings.ray.connect_timeout_s)
+    from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
 
     class Client(JobSubmissionClient):
@@ -121,7 +122,7 @@ def _client(settings: Settings) -> Any:
 
     try:
         return Client(where)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, RayError) as error:
         raise ClusterUnavailable(
             f"The job server of the Ray cluster at {where} cannot be used: {error}",
             "Start the head with its dashboard (ray[default]), and check that its port is open.",

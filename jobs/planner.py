@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from jobs.express import EXPRESS
+from jobs.express import EXPRESS, pools
 from media_assets.grouping import groups as groups_of
 from media_assets.planning import Judgement, Need, judge
 from media_assets.stage import MediaItem, Stage
@@ -52,7 +52,7 @@ class Batch:
 
     @property
     def is_careful(self) -> bool:
-        """Whether its items are suspected of killing the process and go one at a time."""
+        """Whether its items are suspected of killing or hanging the process and go one at a time."""
         return self.lane == CAREFUL
 
 
@@ -222,7 +222,7 @@ class Planner:
         following = names[names.index(group) :]
         (seconds, is_guess), *later = [self._expected(costs, name, upload) for name in following]
         since = max(upload.discovered_at, upload.due_at or upload.discovered_at)
-        if judgement.need is Need.RUNNING:
+        if judgement.need is Need.RUNNING or judgement.hung:
             lane = CAREFUL
         else:
             lane = LONG if seconds >= self._settings.long_s else kind_of(upload.uri)
@@ -250,6 +250,9 @@ class Planner:
             or len(candidates) > self._library.settings.engine.batch_items
             or sum(candidate.seconds_to_end for candidate in candidates) > self._settings.express_s
         ):
+            return False
+        if len(held := pools(self._library.settings)) > 1:
+            tick.explanations.append(f"{EXPRESS}: not taken, for the groups have several pools: {', '.join(held)}")
             return False
         batch = self._create(EXPRESS, EXPRESS, [replace(c, seconds=c.seconds_to_end) for c in candidates])
         if batch is not None:
@@ -333,12 +336,20 @@ class Planner:
 
 def _planned(group: str, lane: str, chosen: Sequence[_Candidate]) -> Batch:
     seconds = sum(candidate.seconds for candidate in chosen)
-    why = Counter("stale" if c.upload.was_settled and c.need is Need.NEW else _WHY[c.need] for c in chosen)
+    why = Counter(_why(candidate) for candidate in chosen)
     told = ", ".join(f"{count} {name}" for name, count in why.most_common())
     noun = "upload" if len(chosen) == 1 else "uploads"
     guess = ", partly a guess" if any(c.is_guess for c in chosen) else ""
     reason = f"{len(chosen)} {lane} {noun} ({told}), about {seconds:.0f} s of work{guess}"
     return Batch(None, group, lane, tuple(c.upload.media_id for c in chosen), seconds, reason)
+
+
+def _why(candidate: _Candidate) -> str:
+    if candidate.upload.was_settled and candidate.need is Need.NEW:
+        return "stale"
+    if candidate.lane == CAREFUL and candidate.need is Need.RETRY:
+        return "to retry after a hung call"
+    return _WHY[candidate.need]
 
 
 _WHY = {

@@ -64,6 +64,13 @@ class _Worker:
             return False
         return True
 
+    def resident_bytes(self) -> int:
+        """Its memory; 0 where it is gone."""
+        try:
+            return int(psutil.Process(self.process.pid).memory_info().rss)
+        except psutil.NoSuchProcess:
+            return 0
+
     def dismiss(self) -> None:
         """Let it end: at once when it is idle, else after its run."""
         with suppress(OSError):
@@ -142,7 +149,8 @@ class WarmRunLauncher(dg.DefaultRunLauncher):
         if not idle and len(kept) < self._most:
             idle = [self._start(code)]
             self._workers += idle
-        return min(idle, key=lambda worker: worker.job != job, default=None)
+        # Where none had the job, the one that grew most holds the most models.
+        return min(idle, key=lambda worker: (worker.job != job, -worker.resident_bytes()), default=None)
 
     def _start(self, code: str) -> _Worker:
         ours, theirs = socket.socketpair()

@@ -14,8 +14,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -24,22 +23,25 @@ from typing import Any, Protocol, TypeAlias
 
 from media_assets.stage import Inputs, MediaItem, Memo, Prepared, Product, Stage, Unit
 from media_assets.versions import item_version
+from resources import heartbeat
 from resources.errors import (
     Failure,
     Internal,
     ModelTimeout,
-    ModelUnavailable,
     NotApplicable,
     UpstreamFailed,
     is_out_of_memory,
+    not_loaded,
 )
 from resources.faults import fault
+from resources.heartbeat import Pulse
+from resources.models.registry import waited_s
 from resources.outcomes import Claim, Cost, LostClaim, Outcome, OutcomeStore, Status, Withdrawn
 from resources.settings import Settings
 from resources.storage import DerivedStore
 
 LANE_DEPTH = 2  # micro-batches handed to the inference thread: one running, one waiting
-MAX_HANGS = 3  # hung calls of one stage after which the rest of its units fail without being tried
+MAX_HANGS = 3  # hung calls of one stage after which the rest of its items fail without being tried
 
 Call: TypeAlias = tuple[Any, Callable[[], Any]]
 
@@ -97,7 +99,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """What a background call answers with: the call's key, its value or its error, and how long it took."""
+    """What a background call answers with: the call's key, its value or its error, and the seconds its work took."""
 
     key: Any
     value: Any
@@ -108,7 +110,7 @@ class Event:
 class Executor(Protocol):
     """Where background calls run. Calls of the `inference` lane never overlap, but with one that hung.
 
-    `hung` counts calls that took too long and were answered with `Hung`; they may still run.
+    `hung` counts calls that gave no sign of life for too long and were answered with `Hung`; they may still run.
     """
 
     hung: int
@@ -124,16 +126,17 @@ class Executor(Protocol):
 
 
 class Hung(Exception):
-    """A call of the `inference` lane did not answer in time."""
+    """A call gave no sign of life in time."""
 
 
 def _timed(key: Any, call: Callable[[], Any]) -> Event:
-    start = time.perf_counter()
+    # Models that are loaded on the way are no item's cost: the planner takes what an item cost for what the next will.
+    start = time.perf_counter() - waited_s()
     try:
         value = call()
     except BaseException as error:  # noqa: BLE001 - recorded on the item; nothing may escape a lane
-        return Event(key, None, error, time.perf_counter() - start)
-    return Event(key, value, None, time.perf_counter() - start)
+        return Event(key, None, error, time.perf_counter() - waited_s() - start)
+    return Event(key, value, None, time.perf_counter() - waited_s() - start)
 
 
 class Serial:
@@ -161,111 +164,124 @@ class Serial:
 
 
 class Lane:
-    """Runs calls one after the other in a daemon thread.
+    """Runs calls in `width` daemon threads, in the order they came.
 
-    Nothing can end a thread that hangs inside a library. It is left behind instead: its late answer is dropped,
-    and as a daemon it does not keep the process alive.
+    Nothing can end a thread that hangs inside a library. It is left behind instead, and another one takes its place:
+    its late answer is dropped, and as a daemon it does not keep the process alive.
     """
 
-    def __init__(self, events: SimpleQueue[Event], calls: Iterable[Call] = ()) -> None:
+    def __init__(self, name: str, width: int, limit_s: float, events: SimpleQueue[Event]) -> None:
+        self._name = name
+        self._limit_s = limit_s
         self._events = events
         self._calls: SimpleQueue[Call | None] = SimpleQueue()
         self._lock = threading.Lock()
-        self._running: tuple[Any, float] | None = None
-        self._abandoned = False
-        for call in calls:
-            self._calls.put(call)
-        self._thread = threading.Thread(target=self._serve, name="inference", daemon=True)
-        self._thread.start()
+        self._running: dict[threading.Thread, tuple[Any, Pulse]] = {}
+        self._threads: set[threading.Thread] = set()
+        for _ in range(width):
+            self._start()
 
     def submit(self, key: Any, call: Callable[[], Any]) -> None:
         """Queue a call."""
         self._calls.put((key, call))
 
-    def left_s(self, limit_s: float) -> float:
-        """Seconds the running call still has, of `limit_s`; all of them while none runs."""
+    def left_s(self) -> float:
+        """Seconds until the first of the running calls is overdue, unless it gives a sign of life."""
         with self._lock:
-            return limit_s if self._running is None else limit_s - (time.monotonic() - self._running[1])
+            heard = min((pulse.at for _, pulse in self._running.values()), default=time.monotonic())
+        return max(0.0, self._limit_s - (time.monotonic() - heard))
 
-    def abandon(self, limit_s: float) -> tuple[Event, list[Call]] | None:
-        """Leave the running call behind if it is overdue: the event that answers it, and the calls not begun."""
+    def abandon(self) -> Event | None:
+        """Leave one overdue call behind, if there is one: the event that answers it."""
         with self._lock:
-            if self._running is None or time.monotonic() - self._running[1] < limit_s:
-                return None
-            self._abandoned = True
-            key = self._running[0]
-        return Event(key, None, Hung(), limit_s), self._drained()
+            for thread, (key, pulse) in self._running.items():
+                if time.monotonic() - pulse.at >= self._limit_s:
+                    del self._running[thread]
+                    self._threads.discard(thread)
+                    self._start()
+                    return Event(key, None, Hung(), self._limit_s)
+        return None
 
-    def close(self, limit_s: float) -> bool:
-        """Drop the calls not begun and wait for the running one; whether it ended in time."""
-        self._drained()
-        self._calls.put(None)
-        self._thread.join(max(0.0, self.left_s(limit_s)))
-        return not self._thread.is_alive()
-
-    def _drained(self) -> list[Call]:
-        calls: list[Call] = []
+    def close(self) -> int:
+        """Drop the calls not begun and wait for those running; how many of them hang."""
         with suppress(Empty):
-            while (call := self._calls.get_nowait()) is not None:
-                calls.append(call)
-        return calls
+            while True:
+                self._calls.get_nowait()
+        for _ in self._threads:
+            self._calls.put(None)
+        for thread in self._threads:
+            while thread.is_alive() and self._is_in_time(thread):
+                thread.join(min(1.0, self._limit_s))
+        return sum(thread.is_alive() for thread in self._threads)
+
+    def _is_in_time(self, thread: threading.Thread) -> bool:
+        with self._lock:
+            _, pulse = self._running.get(thread, (None, None))
+        return pulse is None or time.monotonic() - pulse.at < self._limit_s
+
+    def _start(self) -> None:
+        thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
+        self._threads.add(thread)
+        thread.start()
 
     def _serve(self) -> None:
+        me = threading.current_thread()
         while (call := self._calls.get()) is not None:
             with self._lock:
-                self._running = (call[0], time.monotonic())
+                self._running[me] = (call[0], heartbeat.begin())
             event = _timed(*call)
             with self._lock:
-                self._running = None
-                if self._abandoned:
+                if self._running.pop(me, None) is None:
                     return
                 self._events.put(event)
 
 
 class Threads:
-    """`work` calls in a pool, `inference` calls in one thread, each of at most `infer_timeout_s` seconds."""
+    """`work` calls in some threads, `inference` calls in one; a call silent for `limit_s` seconds is left behind."""
 
-    def __init__(self, workers: int, infer_timeout_s: float) -> None:
+    def __init__(self, workers: int, limit_s: float) -> None:
         self.hung = 0
-        self._limit_s = infer_timeout_s
         self._events: SimpleQueue[Event] = SimpleQueue()
-        self._work = ThreadPoolExecutor(workers, "work")
-        self._inference = Lane(self._events)
+        self._lanes = {
+            "work": Lane("work", workers, limit_s, self._events),
+            "inference": Lane("inference", 1, limit_s, self._events),
+        }
 
     def submit(self, lane: str, key: Any, call: Callable[[], Any]) -> None:
         """Run the call in its lane."""
-        if lane == "inference":
-            self._inference.submit(key, call)
-        else:
-            future: Future[Event] = self._work.submit(_timed, key, call)
-            future.add_done_callback(self._finished)
-
-    def _finished(self, future: Future[Event]) -> None:
-        if not future.cancelled():
-            self._events.put(future.result())
+        self._lanes[lane].submit(key, call)
 
     def next(self) -> Event:
-        """Wait for a call to finish, or for the inference call to be overdue; then another thread takes the lane."""
+        """Wait for a call to finish, or for one to be overdue."""
         while True:
             with suppress(Empty):
-                return self._events.get(timeout=max(0.0, self._inference.left_s(self._limit_s)))
-            if (overdue := self._inference.abandon(self._limit_s)) is not None:
-                self.hung += 1
-                event, calls = overdue
-                self._inference = Lane(self._events, calls)
-                return event
+                return self._events.get(timeout=min(lane.left_s() for lane in self._lanes.values()))
+            for lane in self._lanes.values():
+                if (overdue := lane.abandon()) is not None:
+                    self.hung += 1
+                    return overdue
 
     def close(self) -> None:
         """Wait for running calls; drop the others."""
-        self._work.shutdown(wait=True, cancel_futures=True)
-        if not self._inference.close(self._limit_s):
-            self.hung += 1
+        self.hung += sum(lane.close() for lane in self._lanes.values())
 
 
 class Task:
     """One stage of one item within a batch."""
 
-    __slots__ = ("answers", "carry", "claim", "failure", "flight", "inputs", "seconds", "stage", "units", "version")
+    __slots__ = (
+        "answers",
+        "carry",
+        "claim",
+        "failure",
+        "flight",
+        "inputs",
+        "is_left",
+        "seconds",
+        "stage",
+        "units",
+        "version",
+    )
 
     def __init__(self, flight: Flight, stage: Stage[Any, Any]) -> None:
         self.flight = flight
@@ -278,6 +294,7 @@ class Task:
         self.failure: Failure | None = None
         self.carry: Any = None
         self.seconds = 0.0
+        self.is_left = False
 
     @property
     def media_id(self) -> str:
@@ -300,8 +317,8 @@ class Flight:
 class BatchEngine:
     """Runs a group's stages over a batch of media items, on a `device` whose memory holds `scale` micro-batches.
 
-    `hung` counts model calls that did not answer in time. Their threads may still hold memory and locks of the
-    library they hang in: a process in which there are any should end after its batch.
+    `hung` counts calls that did not answer in time. Their threads may still hold memory and locks of the library
+    they hang in: a process in which there are any should end after its batch.
     """
 
     def __init__(
@@ -373,6 +390,7 @@ class _Batch:
         self.caps = {stage.name: stage.units_per_call(engine._scale) for stage in self.stages}
         self.loaded: dict[str, Failure | None] = {}
         self.hangs = Counter[str]()
+        self.given_up: dict[str, Failure] = {}
         self.leaders: dict[tuple[str, str], tuple[Task, list[Task]]] = {}
         self.claimed: dict[tuple[str, str], Claim] = {}
         self.previews = Counter[str]()
@@ -545,6 +563,9 @@ class _Batch:
 
     def _prepare(self, task: Task) -> None:
         assert task.inputs is not None
+        if (failure := self.given_up.get(task.stage.name)) is not None:
+            self._fail(task, failure)
+            return
         self.working += 1
         inputs = task.inputs
         self.executor.submit("work", (self._prepared, task), lambda: task.stage.prepare(inputs))
@@ -556,6 +577,8 @@ class _Batch:
     def _make(self, task: Task) -> tuple[Product, int]:
         assert task.inputs is not None
         product = task.stage.assemble(task.inputs, task.carry, task.answers)
+        if task.is_left:  # its claim is gone; a file written now could outlive a purge
+            raise Hung
         return product, self._write(task, product)
 
     def _write(self, task: Task, product: Product) -> int:
@@ -582,7 +605,7 @@ class _Batch:
         """In the inference thread: an answer for every unit, whatever the model does."""
         if stage.name not in self.loaded:
             self.loaded[stage.name] = _loading_failure(stage)
-        broken = self.loaded[stage.name]
+        broken = self.loaded[stage.name] or self.given_up.get(stage.name)
         if broken is not None:
             return {unit.id: broken for unit in units}
         try:
@@ -612,7 +635,7 @@ class _Batch:
         if isinstance(event.error, NotApplicable):
             self._not_applicable(task, str(event.error))
         elif event.error is not None:
-            self._fail(task, Failure.of(event.error))
+            self._fail(task, self._failure_of(task, event.error, "Its preparation"))
         else:
             prepared: Prepared[Any] = event.value
             task.carry = prepared.carry
@@ -631,7 +654,11 @@ class _Batch:
         self.unanswered -= len(units)
         self.progress.units[stage.name] += len(units)
         share = event.seconds / sum(unit.cost for _, unit in units.values())
-        failure = self._failure(stage, event.error) if event.error else None
+        failure = None
+        if isinstance(event.error, Hung):
+            failure = self._hang(stage, _no_answer(stage, self.settings.infer_timeout_s))
+        elif event.error is not None:
+            failure = Failure.of(event.error)
         for key, (task, unit) in units.items():
             answer = failure or event.value[key]
             task.seconds += share * unit.cost
@@ -644,21 +671,27 @@ class _Batch:
                 else:
                     self._fail(task, task.failure)
 
-    def _failure(self, stage: Stage[Any, Any], error: BaseException) -> Failure:
-        """Failure of a whole micro-batch; a stage whose calls hang again and again is not called any more."""
+    def _failure_of(self, task: Task, error: BaseException, what: str) -> Failure:
+        """Failure of a `work` call, which was `what`."""
         if not isinstance(error, Hung):
             return Failure.of(error)
-        failure = Failure.of(ModelTimeout(_no_answer(stage, self.settings.infer_timeout_s)))
+        task.is_left = True
+        limit_s = self.settings.infer_timeout_s
+        return self._hang(task.stage, f"{what} for {task.stage.name} gave no sign of life for {limit_s:g} s.")
+
+    def _hang(self, stage: Stage[Any, Any], message: str) -> Failure:
+        """Failure of a call that hung; a stage whose calls hang again and again is not called any more."""
+        failure = Failure.of(ModelTimeout(message))
         self.hangs[stage.name] += 1
         if self.hangs[stage.name] >= MAX_HANGS:
-            self.loaded[stage.name] = failure
+            self.given_up[stage.name] = failure
         return failure
 
     def _assembled(self, event: Event, task: Task) -> None:
         self.working -= 1
         task.seconds += event.seconds
         if event.error is not None:
-            self._fail(task, Failure.of(event.error))
+            self._fail(task, self._failure_of(task, event.error, "The writing of its output"))
             return
         product, written = event.value
         cost = self._cost(task, product.table.num_rows, written, product.models)
@@ -667,6 +700,9 @@ class _Batch:
     def _copied(self, event: Event, task: Task, twin: str) -> None:
         self.working -= 1
         task.seconds += event.seconds
+        if isinstance(event.error, Hung):
+            self._fail(task, self._failure_of(task, event.error, "The copying from its twin"))
+            return
         if event.error is not None:  # the twin's file may be gone; its own work remains possible
             self.ready.append(task)
             return
@@ -679,12 +715,16 @@ class _Batch:
             task.stage.schema.empty_table(),
             {side: schema.empty_table() for side, schema in task.stage.side_schemas.items()},
         )
-        try:
-            written = self._write(task, empty)
-        except OSError as error:
-            self._fail(task, Failure.of(error))
+        self.working += 1
+        self.executor.submit("work", (self._emptied, task, empty, reason), lambda: self._write(task, empty))
+
+    def _emptied(self, event: Event, task: Task, empty: Product, reason: str) -> None:
+        self.working -= 1
+        task.seconds += event.seconds
+        if event.error is not None:
+            self._fail(task, self._failure_of(task, event.error, "The writing of its output"))
             return
-        cost = self._cost(task, bytes_out=written)
+        cost = self._cost(task, bytes_out=event.value)
         self._commit(task, How.COMPUTED, Status.NOT_APPLICABLE, task.version, cost, empty, reason)
 
     # -- outcomes -------------------------------------------------------------------------------------
@@ -776,14 +816,7 @@ def _loading_failure(stage: Stage[Any, Any]) -> Failure | None:
     try:
         stage.load()
     except BaseException as error:  # noqa: BLE001 - every unit of the stage carries it
-        if is_out_of_memory(error):  # no fault of the items, as it would be on a micro-batch of one
-            return Failure.of(
-                ModelUnavailable(
-                    f"There is too little memory to load the models of {stage.name}.",
-                    "Give the worker more memory, or choose smaller models in models.toml.",
-                )
-            )
-        return Failure.of(error)
+        return Failure.of(not_loaded(f"The models of {stage.name}", error))
     return None
 
 

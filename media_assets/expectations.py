@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -36,6 +36,7 @@ TIMINGS = ("aligned", "whisper", "cue", "none")
 UNITS = ("image", "frame", "shot", "transcript", "ocr_text")
 SPACES = ("joint", "visual")
 MODALITIES = ("image", "speech", "ocr", "text")
+VERDICTS = ("asked", "second_look", "skipped")
 NO_MODALITY = "none"  # of a decision about an item without scores
 SEVERITIES = ("none", "low", "medium", "high")
 ACTIONS = ("allow", "review", "block")
@@ -164,9 +165,9 @@ def _schema_mismatches(asset: str, table: pa.Table) -> list[str]:
 
 def _figures(table: pa.Table, column: str | None) -> dict[str, float]:
     """Quantiles and mean of the confidences."""
-    if column is None or not table.num_rows:
+    if column is None or table[column].null_count == table.num_rows:
         return {}
-    values = table[column].to_numpy().astype(float)
+    values = table[column].drop_null().to_numpy().astype(float)
     quantiles = np.nanquantile(values, (0.05, 0.25, 0.5, 0.75, 0.95))
     named = dict(zip(("p05", "p25", "p50", "p75", "p95"), quantiles.tolist(), strict=True))
     return {f"{column}_{name}": value for name, value in named.items()} | {f"{column}_mean": float(np.nanmean(values))}
@@ -418,8 +419,10 @@ def _embeddings_frame(table: pa.Table, media: pa.Table) -> Frame:
 
 
 def _scores_frame(table: pa.Table, media: pa.Table) -> Frame:
-    frame = _spanned(table, media, "source", ["modality", "label", "score", "model"])
+    columns = ["modality", "label", "score", "model", "screening", "screen_score"]
+    frame = _spanned(table, media, "source", columns)
     frame["row"] = [f"{label} of {row}" for label, row in zip(frame["label"], frame["row"], strict=True)]
+    frame["unexplained"] = (frame["score"].isna() != (frame["screening"] == "skipped")).astype(float)
     return frame
 
 
@@ -540,7 +543,10 @@ _SUITES: dict[str, _Suite] = {
         _scores_frame,
         (
             *_SPAN,
-            _SCORE,
+            replace(_SCORE, nullable=True),
+            Expectation("score missing only where skipped", "unexplained", high=0),
+            Expectation("screening allowed", "screening", allowed=VERDICTS, nullable=True),
+            Expectation("screen score between 0 and 1", "screen_score", low=0, high=1, nullable=True),
             _MODEL,
             Expectation("modality allowed", "modality", allowed=MODALITIES),
             Expectation("label present", "label", pattern=r"^\S"),

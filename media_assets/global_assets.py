@@ -80,7 +80,7 @@ def library_changed(library: Library) -> bool:
     """
     mark, rebuilt = library.outcomes.library_mark(), rebuilt_digest(library)
     if rebuilt is None:
-        return True
+        return library.outcomes.exist()
     if mark == library.remembered(REBUILT_MARK):
         return False
     if library_digest(library) != rebuilt:

@@ -6,6 +6,7 @@ not materialized, so a backfill shows exactly those as failed, and its neighbour
 
 import base64
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ from resources.process import note_hung
 from resources.settings import Settings
 
 OWNERS = ["team:ml-platform", "team:trust-and-safety"]
+LOADED_TAG = "media/models_loaded"
 _LOG_EVERY_S = 10.0
 
 
@@ -45,7 +47,7 @@ KINDS = {
 
 
 def one_at_a_time(settings: Settings) -> Settings:
-    """Settings of a batch whose items are suspected of killing the process."""
+    """Settings of a batch whose items are suspected of killing or hanging the process."""
     engine = settings.engine.model_copy(update={"window": 1, "prepare_threads": 1})
     return settings.model_copy(update={"engine": engine})
 
@@ -132,6 +134,7 @@ def materialize(
         )
     else:
         mirror = BucketMirror(context, settings, {stage.name: code_version(stage) for stage in stages})
+    known = Counter(library.models.loads)
     try:
         for result in engine.run(batch, context.run.run_id, _reporter(context, library)):
             if result.done:
@@ -146,10 +149,20 @@ def materialize(
         if engine.hung:
             note_hung(engine.hung)
             context.log.error(
-                f"{engine.hung} model call(s) did not answer within engine.infer_timeout_s"
+                f"{engine.hung} call(s) gave no sign of life within engine.infer_timeout_s"
                 f" ({settings.engine.infer_timeout_s:g} s) and still hang: this process should not be used again."
             )
         mirror.close()
+        _tell_loaded(context, Counter(library.models.loads) - known)
+
+
+def _tell_loaded(context: dg.OpExecutionContext, loaded: Counter[str]) -> None:
+    """Say in the run's log and in its tag which models this process had to load: none, where it was warm."""
+    names = ", ".join(f"{name} ({times} times)" if times > 1 else name for name, times in loaded.items())
+    context.log.info(f"models loaded for {context.op_handle.name}: {names or 'none'}")
+    run = context.instance.get_run_by_id(context.run.run_id)
+    before = int(run.tags.get(LOADED_TAG, 0)) if run is not None else 0
+    context.instance.add_run_tags(context.run.run_id, {LOADED_TAG: str(before + loaded.total())})
 
 
 def _reporter(context: dg.OpExecutionContext, library: Library) -> Callable[[Progress], None]:

@@ -49,5 +49,5 @@ class ModerationLabels(Stage[None, None]):
 
 
 def _scores(inputs: Inputs) -> list[Score]:
-    columns = list(Score.__slots__)
-    return [Score(**row) for row in inputs.table("moderation_scores", columns=columns).to_pylist()]
+    rows = inputs.table("moderation_scores", columns=list(Score.__slots__)).to_pylist()
+    return [Score(**row) for row in rows if row["score"] is not None]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +13,11 @@ import pyarrow as pa
 from PIL import Image
 
 from media_assets import schemas
+from media_assets.concepts import PROMPTS_DIGEST, Concepts, Encode, load_concepts
+from media_assets.screening import Answers, Labels, Screened, Screening
+from media_assets.screening import strongest as strongest_screening
 from media_assets.stage import Inputs, Prepared, Product, Stage, Unit
-from media_assets.taxonomy import CONCEPTS, LABELS, NEUTRAL, TEMPLATES
+from media_assets.taxonomy import LABELS
 from resources.errors import Failure, ModelUnavailable, NotApplicable
 from resources.models.nudity import ImageScorer, Picture, load_image_scorer
 from resources.models.registry import ModelSpec
@@ -26,67 +27,85 @@ IMAGE_TASKS = ("nudity", "nsfw")
 TEXT_TASK = "toxicity"
 CONCEPT_TASK = "embedding"
 MAX_CHARACTERS = 1200
-CLIP_LOGIT_SCALE = 100.0
 ANY_LANGUAGE = "*"
+UNDETERMINED = ("", "und")
 
 Vector = npt.NDArray[np.float32]
-Scores = dict[str, dict[str, float]]
-"""Task -> label -> score of one unit."""
 
 
 @dataclass(frozen=True, slots=True)
 class StillUnit:
-    """A still, encoded (JPEG or PNG), and its unit-normalised vector in the joint space, float32 [d], if it has one."""
+    """A still, encoded (JPEG or PNG)."""
 
     image: bytes
-    vector: Vector | None
 
 
 @dataclass(frozen=True, slots=True)
 class TextUnit:
-    """A stretch of text no longer than the text model reads well."""
+    """A stretch of text no longer than the text model reads well, and its language (ISO 639-1) where it is known."""
 
     text: str
+    language: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """A still to be scored: as it is stored, and as uint8 [height, width, 3] RGB."""
+
+    image: bytes
+    picture: Picture
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What a group of units is about: where it came from, and the spans its scores hold for, seconds."""
+    """What a group of units is about: where it came from, and the spans its scores hold for, seconds.
+
+    `vector` is a still's in the joint space, float32 [d], unit length, if it has one.
+    """
 
     modality: str
     source: str
     spans: tuple[tuple[float, float], ...]
     unit_ids: tuple[str, ...]
+    vector: Vector | None = None
 
 
-class ModerationScores(Stage[StillUnit | TextUnit, Scores]):
+class ModerationScores(Stage[StillUnit | TextUnit, Answers]):
     """Scores of pictures (NudeNet, open_nsfw, zero-shot concepts) and of text (speech, on-screen text, documents).
 
     A still that repeats an earlier one is not scored again: the earlier one's scores hold for its span
     too. Text is scored where the model knows the language; OCR lines carry no language and are always
     scored. Text longer than the model's `max_characters` is scored in pieces and keeps the strongest
     score, for a few words sink in a long text. A NudeNet score of 0 says that nothing was detected above
-    its floor of 0.25.
+    its floor of 0.25. Concepts are read off the stills' vectors in `embeddings`, without a model.
+
+    Where a model of models.toml screens a task and was sure, the task's champion is not asked: its labels have
+    rows with score null, which say who was sure and how much, and which no policy takes for a 0.
     """
 
     name = "moderation_scores"
     inputs = ("media", "frames", "transcript", "ocr_text", "embeddings")
-    code_version = "1"
+    code_version = "2"
     tasks = (*IMAGE_TASKS, TEXT_TASK, CONCEPT_TASK)
+    screened = (IMAGE_TASKS, (TEXT_TASK,))
     micro_batch = 16
     description = "Raw moderation scores per model, label and time span, of pictures, speech and text."
 
     def parameters(self) -> Mapping[str, object]:
         """The concept prompts, as a digest."""
-        prompts = json.dumps([dict(CONCEPTS), NEUTRAL, TEMPLATES], sort_keys=True)
-        return {"concepts": hashlib.sha256(prompts.encode()).hexdigest()[:16]}
+        return {"concepts": PROMPTS_DIGEST[:16]}
+
+    def held(self) -> tuple[ModelSpec, ...]:
+        """The classifiers: pictures come with their vectors, so of the embedding model only the prompts' are needed."""
+        return tuple(spec for spec in self.specs() if spec.task != CONCEPT_TASK)
 
     def load(self) -> None:
-        """Load every model. Raises ModelUnavailable."""
-        for task in IMAGE_TASKS:
-            self._image_scorer(task)
-        self._text_scorer()
-        self._concepts()
+        """Load the classifiers. Raises ModelUnavailable."""
+        for spec in self.held():
+            if spec.task == TEXT_TASK:
+                self._text_scorer(spec)
+            else:
+                self._image_scorer(spec)
 
     def prepare(self, inputs: Inputs) -> Prepared[StillUnit | TextUnit]:
         """A unit per distinct still and per piece of text. Raises NotApplicable where there is neither."""
@@ -99,45 +118,48 @@ class ModerationScores(Stage[StillUnit | TextUnit, Scores]):
             raise NotApplicable("There is no picture and no text to score.")
         return Prepared(units, subjects)
 
-    def infer(self, units: Sequence[Unit[StillUnit | TextUnit]]) -> Mapping[str, Scores | Failure]:
-        """Scores per task and label; stills go to the image models together, texts to the text model together."""
-        answers: dict[str, Scores | Failure] = {}
-        stills = [(unit.id, unit.payload) for unit in units if isinstance(unit.payload, StillUnit)]
-        texts = [(unit.id, unit.payload.text) for unit in units if isinstance(unit.payload, TextUnit)]
-        if stills:
-            answers.update(self._score_stills(stills))
-        if texts:
-            labels = label_map(self.models.spec(TEXT_TASK))
-            found = self._text_scorer().score([text for _, text in texts])
-            answers.update(
-                (unit_id, {TEXT_TASK: relabel(scores, labels)})
-                for (unit_id, _), scores in zip(texts, found, strict=True)
-            )
-        return answers
+    def infer(self, units: Sequence[Unit[StillUnit | TextUnit]]) -> Mapping[str, Answers | Failure]:
+        """Labels per model; stills go to the image models together, texts to the text models together."""
+        stills = {unit.id: unit.payload for unit in units if isinstance(unit.payload, StillUnit)}
+        texts = {unit.id: unit.payload for unit in units if isinstance(unit.payload, TextUnit)}
+        return {**self._answer_stills(stills), **self.answer_texts(texts)}
 
-    def assemble(self, inputs: Inputs, carry: Any, outputs: Mapping[str, Scores]) -> Product:
+    def assemble(self, inputs: Inputs, carry: Any, outputs: Mapping[str, Answers]) -> Product:
         """A row per subject, model, label and span."""
         subjects: list[Subject] = carry
-        identities = {task: self.models.spec(task).identity for task in self.tasks}
         rows: list[dict[str, object]] = []
         for subject in subjects:
-            for (task, label), score in sorted(strongest(outputs[unit_id] for unit_id in subject.unit_ids).items()):
-                rows.extend(
-                    {
-                        "media_id": inputs.media_id,
-                        "modality": subject.modality,
-                        "start_s": start,
-                        "end_s": end,
-                        "label": label,
-                        "score": score,
-                        "source": subject.source,
-                        "model": identities[task],
-                        "version": inputs.version,
-                    }
-                    for start, end in subject.spans
-                )
+            about = {"media_id": inputs.media_id, "modality": subject.modality, "source": subject.source}
+            answers = [outputs[unit_id] for unit_id in subject.unit_ids]
+            findings = [*self._findings(answers), *self._concept_findings(subject.vector)]
+            rows.extend(
+                {**about, **finding, "start_s": start, "end_s": end, "version": inputs.version}
+                for finding in findings
+                for start, end in subject.spans
+            )
         table = schemas.table(schemas.MODERATION_SCORES, rows)
-        return Product(table, facts=_facts(inputs, subjects, rows))
+        return Product(table, facts=_facts(inputs, subjects, rows), models=_answered(rows))
+
+    def _findings(self, pieces: Sequence[Answers]) -> Iterator[dict[str, object]]:
+        """Model, label, score and screening of each row about one subject, whose units have these answers."""
+        found = strongest(piece.labels for piece in pieces)
+        for task in pieces[0].screenings:
+            spec, screening = self.models.spec(task), strongest_screening([piece.screenings[task] for piece in pieces])
+            about = {"model": spec.identity, **_screening_columns(screening)}
+            for label in sorted(set(label_map(spec).values())):
+                yield {**about, "label": label, "score": found.pop((spec.identity, label), None)}
+        for (model, label), score in sorted(found.items()):
+            yield {"model": model, "label": label, "score": score}
+
+    def _concept_findings(self, vector: Vector | None) -> Iterator[dict[str, object]]:
+        model = self.models.spec(CONCEPT_TASK).identity
+        for label, score in sorted(self._concepts().score(vector).items()) if vector is not None else ():
+            yield {"model": model, "label": label, "score": score}
+
+    def answer_texts(self, texts: Mapping[str, TextUnit]) -> dict[str, Answers]:
+        """Labels per model of each text, by key."""
+        screened = Screened[TextUnit](self.models, self._label_texts, lambda text: text.text.encode(), self._reads)
+        return screened.ask((TEXT_TASK,), texts)
 
     def _stills(self, inputs: Inputs) -> Iterator[tuple[Subject, list[Unit[StillUnit | TextUnit]]]]:
         if inputs.media()["kind"] not in ("image", "video"):
@@ -150,90 +172,66 @@ class ModerationScores(Stage[StillUnit | TextUnit, Scores]):
             if frame not in spans:
                 continue
             unit_id = f"still:{frame}"
-            subject = Subject("image", str(frame), spans[frame], (unit_id,))
-            yield subject, [Unit(unit_id, StillUnit(row["image"], vectors.get(frame)))]
+            subject = Subject("image", str(frame), spans[frame], (unit_id,), vectors.get(frame))
+            yield subject, [Unit(unit_id, StillUnit(row["image"]))]
 
     def _texts(self, inputs: Inputs) -> Iterator[tuple[Subject, list[Unit[StillUnit | TextUnit]]]]:
-        parameters = self.models.spec(TEXT_TASK).parameters
-        languages = parameters.get("languages", [ANY_LANGUAGE])
-        limit = int(parameters.get("max_characters", MAX_CHARACTERS))
+        spec = self.models.spec(TEXT_TASK)
+        known, limit = languages(spec), max_characters(spec)
         spoken = "text" if inputs.media()["kind"] == "text" else "speech"
         for row in inputs.table("transcript").to_pylist():
-            if knows_language(languages, row["language"]):
+            if knows_language(known, row["language"]):
                 yield from _text_subject(spoken, row["segment"], row, limit)
         for row in inputs.table("ocr_text").to_pylist():
             yield from _text_subject("ocr", row["line"], row, limit)
 
-    def _score_stills(self, stills: Sequence[tuple[str, StillUnit]]) -> dict[str, Scores | Failure]:
-        answers: dict[str, Scores | Failure] = {}
-        pictures: dict[str, Picture] = {}
-        for unit_id, still in stills:
+    def _answer_stills(self, stills: Mapping[str, StillUnit]) -> dict[str, Answers | Failure]:
+        shown: dict[str, _Shown] = {}
+        broken: dict[str, Failure] = {}
+        for unit_id, still in stills.items():
             try:
-                pictures[unit_id] = _decode(still.image)
+                shown[unit_id] = _Shown(still.image, _decode(still.image))
             except (OSError, ValueError) as error:
-                answers[unit_id] = Failure.of(error)
-        scores: dict[str, Scores] = {unit_id: {} for unit_id in pictures}
-        for task in IMAGE_TASKS if pictures else ():
-            labels = label_map(self.models.spec(task))
-            found = self._image_scorer(task).score(list(pictures.values()))
-            for unit_id, classes in zip(pictures, found, strict=True):
-                scores[unit_id][task] = relabel(classes, labels)
-        for unit_id, still in stills:
-            if unit_id in scores and still.vector is not None:
-                scores[unit_id][CONCEPT_TASK] = self._concepts().score(still.vector)
-        answers.update(scores)
-        return answers
+                broken[unit_id] = Failure.of(error)
+        screened = Screened[_Shown](self.models, self._label_stills, lambda still: still.image)
+        return {**screened.ask(IMAGE_TASKS, shown), **broken}
 
-    def _image_scorer(self, task: str) -> ImageScorer:
-        spec = self.models.spec(task)
+    def _label_stills(self, spec: ModelSpec, stills: Sequence[_Shown]) -> list[dict[str, float]]:
+        labels = label_map(spec)
+        found = self._image_scorer(spec).score([still.picture for still in stills])
+        return [relabel(classes, labels) for classes in found]
+
+    def _label_texts(self, spec: ModelSpec, texts: Sequence[TextUnit]) -> list[dict[str, float]]:
+        """The strongest score of the pieces that the model reads well; units are pieces of the champion."""
+        labels = label_map(spec)
+        is_champion = spec == self.models.spec(TEXT_TASK)
+        limit = max_characters(spec)
+        pieces = [[text.text] if is_champion else pieces_of_text(text.text, limit) or [""] for text in texts]
+        found = iter(self._text_scorer(spec).score([piece for cut in pieces for piece in cut]))
+        scores = [[relabel(next(found), labels) for _ in cut] for cut in pieces]
+        return [{label: max(piece[label] for piece in cut) for label in set(labels.values())} for cut in scores]
+
+    def _reads(self, spec: ModelSpec, text: TextUnit) -> bool:
+        """Whether `spec` knows the language of a text, or every one the champion knows where the text's is unknown."""
+        known = languages(spec)
+        wanted = languages(self.models.spec(TEXT_TASK)) if text.language in UNDETERMINED else [text.language]
+        return ANY_LANGUAGE in known or set(wanted) <= set(known)
+
+    def _image_scorer(self, spec: ModelSpec) -> ImageScorer:
         return self.models.loaded(spec, lambda: load_image_scorer(spec, self.models.cache))
 
-    def _text_scorer(self) -> TextScorer:
-        spec = self.models.spec(TEXT_TASK)
+    def _text_scorer(self, spec: ModelSpec) -> TextScorer:
         return self.models.loaded(spec, lambda: load_text_scorer(spec, self.models.cache))
 
     def _concepts(self) -> Concepts:
         embedding = self.models.spec(CONCEPT_TASK)
         spec = embedding.model_copy(update={"task": "concepts"})
-        return self.models.loaded(spec, lambda: self._encode_concepts(embedding))
+        return self.models.loaded(spec, lambda: load_concepts(embedding, self.models.cache, self._text_encoder))
 
-    def _encode_concepts(self, spec: ModelSpec) -> Concepts:
-        from resources.models.openclip import OpenClip
+    def _text_encoder(self) -> Encode:
+        from media_assets.remote import text_encoder
 
-        encoder = self.models.loaded(spec, lambda: OpenClip(spec, self.models.cache))
-        return Concepts(encoder, float(spec.parameters.get("logit_scale", CLIP_LOGIT_SCALE)))
-
-
-class TextEncoder(Protocol):
-    """The text side of a joint embedding."""
-
-    def encode_texts(self, texts: list[str]) -> Vector:
-        """float32 [n, d], unit-normalised."""
-        ...
-
-
-class Concepts:
-    """Zero-shot concept scores: a softmax over the prompts of every label and the neutral ones.
-
-    `logit_scale` is the inverse temperature that belongs to the embedding (100 for CLIP's own).
-    """
-
-    def __init__(self, encoder: TextEncoder, logit_scale: float) -> None:
-        self._owners = [label for label, prompts in CONCEPTS.items() for _ in prompts]
-        prompts = [prompt for group in CONCEPTS.values() for prompt in group] + list(NEUTRAL)
-        summed = np.sum([encoder.encode_texts([t.format(p) for p in prompts]) for t in TEMPLATES], axis=0)
-        self._vectors: Vector = summed / np.linalg.norm(summed, axis=1, keepdims=True)
-        self._scale = logit_scale
-
-    def score(self, vector: Vector) -> dict[str, float]:
-        """Label -> probability that the picture shows it, of a unit-normalised float32 [d]."""
-        logits = self._scale * (self._vectors @ vector).astype(np.float64)
-        weights = np.exp(logits - logits.max())
-        weights /= weights.sum()
-        scores = dict.fromkeys(CONCEPTS, 0.0)
-        for label, weight in zip(self._owners, weights, strict=False):
-            scores[label] += float(weight)
-        return {label: min(score, 1.0) for label, score in scores.items()}
+        return text_encoder(self.settings, self.models)
 
 
 def label_map(spec: ModelSpec) -> Mapping[str, str]:
@@ -260,14 +258,24 @@ def relabel(classes: Mapping[str, float], labels: Mapping[str, str]) -> dict[str
     return scores
 
 
-def strongest(pieces: Iterator[Scores]) -> dict[tuple[str, str], float]:
-    """(task, label) -> the strongest score of several units."""
+def strongest(pieces: Iterable[Mapping[str, Labels]]) -> dict[tuple[str, str], float]:
+    """(model, label) -> the strongest score of several units."""
     best: dict[tuple[str, str], float] = {}
     for piece in pieces:
-        for task, labels in piece.items():
+        for model, labels in piece.items():
             for label, score in labels.items():
-                best[task, label] = max(best.get((task, label), 0.0), score)
+                best[model, label] = max(best.get((model, label), 0.0), score)
     return best
+
+
+def _screening_columns(screening: Screening) -> dict[str, object]:
+    return {"screening": screening.verdict, "screened_by": screening.by, "screen_score": screening.score}
+
+
+def _answered(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Identities of the models that scored anything of an item, or looked first."""
+    scored = {row["model"] for row in rows if row.get("score") is not None}
+    return tuple(sorted(scored | {row["screened_by"] for row in rows if row.get("screened_by")}))
 
 
 def spans_of_stills(rows: Sequence[Mapping[str, Any]]) -> dict[int, tuple[tuple[float, float], ...]]:
@@ -307,9 +315,20 @@ def pieces_of_text(text: str, limit: int = MAX_CHARACTERS) -> list[str]:
     return [*pieces, rest] if rest else pieces
 
 
-def knows_language(languages: Sequence[str], language: str) -> bool:
-    """Whether a model for `languages` reads `language` (ISO 639-1); an undetermined one is given the benefit."""
-    return ANY_LANGUAGE in languages or language in languages or language in ("", "und")
+def languages(spec: ModelSpec) -> Sequence[str]:
+    """Languages that a text model reads (ISO 639-1); ANY_LANGUAGE stands for all."""
+    named: Sequence[str] = spec.parameters.get("languages", [ANY_LANGUAGE])
+    return named
+
+
+def max_characters(spec: ModelSpec) -> int:
+    """The longest text that a text model reads well, characters."""
+    return int(spec.parameters.get("max_characters", MAX_CHARACTERS))
+
+
+def knows_language(known: Sequence[str], language: str) -> bool:
+    """Whether a model for the languages `known` reads `language`; an undetermined one is given the benefit."""
+    return ANY_LANGUAGE in known or language in known or language in UNDETERMINED
 
 
 def _text_subject(
@@ -317,7 +336,8 @@ def _text_subject(
 ) -> Iterator[tuple[Subject, list[Unit[StillUnit | TextUnit]]]]:
     pieces = pieces_of_text(row["text"], limit)
     units: list[Unit[StillUnit | TextUnit]] = [
-        Unit(f"{modality}:{ordinal}:{number}", TextUnit(piece)) for number, piece in enumerate(pieces)
+        Unit(f"{modality}:{ordinal}:{number}", TextUnit(piece, row.get("language", "")))
+        for number, piece in enumerate(pieces)
     ]
     if units:
         span = (row["start_s"], row["end_s"])
@@ -347,8 +367,11 @@ def _facts(
         facts["stills_spared"] = inputs.table("frames", columns=["frame"]).num_rows - stills
     said = sum(subject.modality in ("speech", "text") for subject in subjects)
     facts["texts_in_other_languages"] = sum(bool(t.strip()) for t in _texts_of(inputs)) - said
-    if rows:
-        top = max(rows, key=lambda row: row["score"])
+    for verdict in ("skipped", "second_look"):
+        if found := {(row["modality"], row["source"], row["model"]) for row in rows if row.get("screening") == verdict}:
+            facts[f"screening_{verdict}"] = len(found)
+    if scored := [row for row in rows if row["score"] is not None]:
+        top = max(scored, key=lambda row: row["score"])
         facts["strongest"] = f"{top['label']} {top['score']:.2f}"
     return facts
 

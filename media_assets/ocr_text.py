@@ -81,8 +81,8 @@ class Detector(Protocol):
 class Reader(Protocol):
     """Reads text lines, one thread at a time; see resources.models.easyocr_reader."""
 
-    def read(self, picture: Picture, quads: Sequence[Quad]) -> Sequence[Any]:
-        """One answer with `text` and `confidence` per quad, in order."""
+    def read(self, regions: Sequence[tuple[Picture, Quad]]) -> Sequence[Any]:
+        """One answer with `text` and `confidence` per region, a picture and a quad on it, in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +148,35 @@ class _Seen:
     sightings: tuple[Sighting, ...] = ()
 
 
+_Answer = tuple[str, float]
+"""What a reader says of a region, and how sure it is (0-1)."""
+_Place = tuple[str, int]
+"""A page and one of its regions."""
+_View = tuple[str, int, int]
+"""A page, the quarter turns after which it is looked at, and one of its regions."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Sheet:
+    """A page's pixels, and the regions on it."""
+
+    picture: Picture
+    quads: tuple[Quad, ...]
+
+    def longest(self, count: int) -> list[int]:
+        """Up to `count` regions, the longest first."""
+        return sorted(range(len(self.quads)), key=lambda i: -_length(self.quads[i]))[:count]
+
+    def turned(self, turn: int) -> Picture:
+        """The pixels after `turn` quarter turns."""
+        return np.ascontiguousarray(np.rot90(self.picture, turn))
+
+    def quad(self, index: int, turn: int) -> Quad:
+        """Where a region lies on the turned page."""
+        height, width = self.picture.shape[:2]
+        return turned(self.quads[index], turn, width, height)
+
+
 class OcrText(Stage[Page, PageText]):
     """Text on the picture: detected by a cheap network, read only where it is new.
 
@@ -159,7 +188,7 @@ class OcrText(Stage[Page, PageText]):
 
     name: ClassVar[str] = "ocr_text"
     inputs: ClassVar[tuple[str, ...]] = ("media", "frames")
-    code_version: ClassVar[str] = "3"
+    code_version: ClassVar[str] = "4"
     tasks: ClassVar[tuple[str, ...]] = ("ocr", "ocr_detector")
     routed: ClassVar[tuple[str, ...]] = ("ocr",)
     micro_batch: ClassVar[int] = 8
@@ -185,7 +214,7 @@ class OcrText(Stage[Page, PageText]):
 
     def infer(self, units: Sequence[Unit[Page]]) -> Mapping[str, PageText]:
         """Read every region of every page."""
-        return {unit.id: read_page(self._readers, unit.payload) for unit in units}
+        return read_pages(self._readers, {unit.id: unit.payload for unit in units})
 
     def assemble(self, inputs: Inputs, carry: Survey, outputs: Mapping[str, PageText]) -> Product:
         """One row per line and unbroken stretch of showing."""
@@ -244,11 +273,15 @@ class OcrText(Stage[Page, PageText]):
 
 def _least_confidence(text: str, whole: bool, parameters: Mapping[str, Any]) -> float:
     """Confidence below which a line is more likely texture than text; above 1 where no letter was read."""
-    letters = sum(c.isalnum() for c in text)
+    letters = _letters(text)
     if letters == 0:
         return 2.0
     name = "min_confidence_short" if letters <= SHORT else "min_confidence_whole" if whole else "min_confidence"
     return float(parameters[name])
+
+
+def _letters(text: str) -> int:
+    return sum(c.isalnum() for c in text)
 
 
 class _Surveyor:
@@ -460,57 +493,80 @@ def _same_pixels(a: Picture, b: Picture, points: Quad) -> bool:
     return bool(cells.max() <= SAME_CONTRAST * max(high - low, LEAST_CONTRAST))
 
 
-def read_page(readers: Routed[Reader], page: Page) -> PageText:
-    """The text of every region of `page`, each by the first reader of the route that is sure of it."""
-    picture = np.asarray(read_still({"image": page.image}))
-    turn = 0
+def read_pages(readers: Routed[Reader], pages: Mapping[str, Page]) -> dict[str, PageText]:
+    """The text of every region of each page, each by the first reader of the route that is sure of it.
 
-    def read(spec: ModelSpec, reader: Reader, quads: Mapping[int, Quad]) -> dict[int, tuple[str, float]]:
-        nonlocal turn
-        if len(quads) < len(page.quads):
-            return _read_turned(reader, picture, page.quads, list(quads), turn)
-        # Nobody was sure of any line, so nobody knows the way up yet.
-        turn, answers = _read_upright(reader, picture, page.quads, spec.parameters.get("upright_confidence", GOOD))
-        return answers
-
-    found = readers.ask(dict(enumerate(page.quads)), read, lambda line: line[1])
-    lines = (found[index] for index in range(len(page.quads)))
-    return PageText(turn, tuple(Line(*line.answer, line.by.name) for line in lines))
-
-
-def _read_upright(
-    reader: Reader, picture: Picture, quads: Sequence[Quad], good: float
-) -> tuple[int, dict[int, tuple[str, float]]]:
-    """The quarter turns that give the most confident reading, and the text and confidence of every region then.
-
-    A few long lines are tried first: as they stand, then upside down if that is poor; on both sides if most
-    regions are taller than wide.
+    Regions of all pages are given to a reader together; what it says about one does not depend on the others.
     """
-    probes = sorted(range(len(quads)), key=lambda i: -_length(quads[i]))[:PROBES]
-    best, answers = 0, _read_turned(reader, picture, quads, probes, 0)
-    others = (1, 3) if _lies_on_its_side(quads) else (2,)
-    if _score(answers) < good:
-        for turn in others:
-            other = _read_turned(reader, picture, quads, probes, turn)
-            if _score(other) > _score(answers) + BETTER:
-                best, answers = turn, other
-    rest = [i for i in range(len(quads)) if i not in answers]
-    return best, answers | _read_turned(reader, picture, quads, rest, best)
+    sheets = {unit: _Sheet(np.asarray(read_still({"image": page.image})), page.quads) for unit, page in pages.items()}
+    turns = dict.fromkeys(pages, 0)
+
+    def read(spec: ModelSpec, reader: Reader, asked: Mapping[_Place, Quad]) -> dict[_Place, _Answer]:
+        # Nobody was sure of any line of these pages, so nobody knows their way up yet.
+        counts = Counter(unit for unit, _ in asked)
+        new = {unit: sheets[unit] for unit in counts if counts[unit] == len(pages[unit].quads)}
+        probes = {unit: sheet.longest(PROBES) for unit, sheet in new.items()}
+        ways = _way_up(reader, new, probes, spec.parameters.get("upright_confidence", GOOD))
+        turns.update((unit, turn) for unit, (turn, _) in ways.items())
+        answers = {(unit, index): answer for unit, (_, found) in ways.items() for index, answer in found.items()}
+        rest = [(unit, turns[unit], index) for unit, index in asked if (unit, index) not in answers]
+        return answers | {(unit, index): answer for (unit, _, index), answer in _read(reader, sheets, rest).items()}
+
+    places = {(unit, index): quad for unit, page in pages.items() for index, quad in enumerate(page.quads)}
+    found = readers.ask(places, read, lambda answer: answer[1], lambda answer: _letters(answer[0]))
+    return {
+        unit: PageText(
+            turns[unit],
+            tuple(Line(*found[unit, i].answer, found[unit, i].by.name) for i in range(len(page.quads))),
+        )
+        for unit, page in pages.items()
+    }
 
 
-def _read_turned(
-    reader: Reader, picture: Picture, quads: Sequence[Quad], chosen: Sequence[int], turn: int
-) -> dict[int, tuple[str, float]]:
-    """Text and confidence of the chosen regions after `turn` quarter turns, by region."""
-    if not chosen:
-        return {}
-    height, width = picture.shape[:2]
-    upright = np.ascontiguousarray(np.rot90(picture, turn))
-    readings = reader.read(upright, [turned(quads[i], turn, width, height) for i in chosen])
-    return {i: (reading.text, reading.confidence) for i, reading in zip(chosen, readings, strict=True)}
+def _way_up(
+    reader: Reader, sheets: Mapping[str, _Sheet], probes: Mapping[str, Sequence[int]], good: float
+) -> dict[str, tuple[int, dict[int, _Answer]]]:
+    """For each sheet the quarter turns that give the most confident reading, and what its probes say then.
+
+    The probes are read as they stand, then upside down if that is poor; on both sides if most regions are taller
+    than wide.
+    """
+    best = {
+        unit: (0, answers) for (unit, _), answers in _probe(reader, sheets, probes, dict.fromkeys(sheets, (0,))).items()
+    }
+    others = {
+        unit: (1, 3) if _lies_on_its_side(sheets[unit].quads) else (2,)
+        for unit, (_, answers) in best.items()
+        if _score(answers) < good
+    }
+    for (unit, turn), answers in _probe(reader, sheets, probes, others).items():
+        if _score(answers) > _score(best[unit][1]) + BETTER:
+            best[unit] = turn, answers
+    return best
 
 
-def _score(answers: Mapping[int, tuple[str, float]]) -> float:
+def _probe(
+    reader: Reader,
+    sheets: Mapping[str, _Sheet],
+    probes: Mapping[str, Sequence[int]],
+    turns: Mapping[str, Sequence[int]],
+) -> dict[tuple[str, int], dict[int, _Answer]]:
+    """What the probes of the sheets in `turns` say after each of these quarter turns, by sheet and turn."""
+    views = [(unit, turn, index) for unit, tried in turns.items() for turn in tried for index in probes[unit]]
+    found: dict[tuple[str, int], dict[int, _Answer]] = {(unit, turn): {} for unit, turn, _ in views}
+    for (unit, turn, index), answer in _read(reader, sheets, views).items():
+        found[unit, turn][index] = answer
+    return found
+
+
+def _read(reader: Reader, sheets: Mapping[str, _Sheet], views: Sequence[_View]) -> dict[_View, _Answer]:
+    """Text and confidence of each view."""
+    pictures = {(unit, turn): sheets[unit].turned(turn) for unit, turn in dict.fromkeys(view[:2] for view in views)}
+    regions = [(pictures[unit, turn], sheets[unit].quad(index, turn)) for unit, turn, index in views]
+    return {view: (said.text, said.confidence) for view, said in zip(views, reader.read(regions), strict=True)}
+
+
+def _score(answers: Mapping[int, _Answer]) -> float:
     """Mean confidence, weighted by length."""
     length = sum(len(text) for text, _ in answers.values())
     return sum(len(text) * confidence for text, confidence in answers.values()) / max(length, 1)

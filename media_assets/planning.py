@@ -10,7 +10,7 @@ from typing import Any
 
 from media_assets.stage import MediaItem, Stage
 from media_assets.versions import item_version
-from resources.errors import UpstreamFailed
+from resources.errors import ModelTimeout, UpstreamFailed
 from resources.outcomes import Outcome, Status
 
 Records = Mapping[tuple[str, str], Outcome]
@@ -37,12 +37,13 @@ class Judgement:
     """What a group still has to do for an item.
 
     `need` is the most urgent of its stages; `due_at` the first retry when all that is left must wait for
-    one; `runs` are the runs that hold stages in flight.
+    one; `runs` are the runs that hold stages in flight; `hung` says that a call hung in one that is to be tried again.
     """
 
     need: Need
     due_at: datetime | None = None
     runs: frozenset[str] = frozenset()
+    hung: bool = False
 
 
 def pending(items: Iterable[MediaItem], stages: Sequence[Stage[Any, Any]], records: Records) -> list[str]:
@@ -59,7 +60,8 @@ def judge(item: MediaItem, stages: Sequence[Stage[Any, Any]], records: Records, 
         return Judgement(Need.RUNNING, runs=runs)
     for need in (Need.RETRY, Need.STALE, Need.NEW):
         if any(found is need for found, _ in needs):
-            return Judgement(need)
+            tried = [record for found, record in needs if found is Need.RETRY and record]
+            return Judgement(need, hung=any(record.error_class == ModelTimeout.code for record in tried))
     times = [record.retry_at for need, record in needs if need is Need.WAITING and record and record.retry_at]
     return Judgement(Need.WAITING, min(times)) if times else Judgement(Need.NOTHING)
 

@@ -20,7 +20,6 @@ from resources.serving import ServedModel, ServerDied
 from resources.settings import Alerts, Settings
 
 if TYPE_CHECKING:
-    from resources.library import Library
     from resources.models.openclip import Vectors
 
 log = logging.getLogger(__name__)
@@ -129,14 +128,21 @@ def recipe(stage: Stage[Any, Any], settings: Settings) -> Recipe:
     bare = settings.model_copy(update={"database_url": None, "alerts": Alerts()})
     version = code_version(stage)
     make = partial(StageModel, type(stage), bare, version)
-    return Recipe(stage.name, version, sum(spec.memory_bytes for spec in stage.specs()), pickle.dumps(make))
+    return Recipe(stage.name, version, sum(spec.memory_bytes for spec in stage.held()), pickle.dumps(make))
 
 
-def text_encoder(library: Library) -> Callable[[list[str]], Vectors]:
-    """Encodes texts with the model server of `embeddings`: joint vectors, float32 [n, d], unit length."""
+def text_encoder(settings: Settings, models: ModelRegistry) -> Callable[[list[str]], Vectors]:
+    """Encodes texts as joint vectors, float32 [n, d], unit length: with the model server of `embeddings` where models
+    are served, else with the model in this process.
+    """
+    if settings.serving.backend == "local":
+        from resources.models.openclip import OpenClip
+
+        spec = models.spec("embedding")
+        return models.loaded(spec, lambda: OpenClip(spec, models.cache)).encode_texts
     from media_assets.embeddings import TEXT_COST, Embeddings
 
-    (stage,) = served([Embeddings(library.settings, library.models)], library.settings)
+    (stage,) = served([Embeddings(settings, models)], settings)
     stage.load()
 
     def encode(texts: list[str]) -> Vectors:

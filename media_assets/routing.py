@@ -50,23 +50,28 @@ class Routed(Generic[M]):
         inputs: Mapping[K, U],
         call: Callable[[ModelSpec, M, Mapping[K, U]], Mapping[K, A]],
         confidence: Callable[[A], float],
+        letters: Callable[[A], int],
     ) -> dict[K, Answered[A]]:
         """An answer for each input: of the first model of the route that is sure enough, else of the last.
 
-        `call` asks one model about some of the inputs, by key. What a fallback answers stands. An error of a model
-        without a fallback propagates; so does an error on several inputs at once, for only one of them may be to
-        blame, and whoever calls can ask about fewer.
+        An answer with fewer `letters` than the route wants stands too. `call` asks one model about some of the inputs,
+        by key. What a fallback answers stands. An error of a model without a fallback propagates; so does an error on
+        several inputs at once, for only one of them may be to blame, and whoever calls can ask about fewer.
         """
         route = self._models.route(self._task)
         answers: dict[K, Answered[A]] = {}
         waiting = dict(inputs)
-        for name, wanted in zip(route.models, (*route.min_confidence, 0.0), strict=True):
+        for position, name in enumerate(route.models):
             if not waiting:
                 break
             spec = self._models.spec(self._task, name)
             by, found = self._first_working(spec, partial(self._call, call, waiting), isolated=len(waiting) == 1)
             answers.update((key, Answered(by, answer)) for key, answer in found.items())
-            waiting = {key: waiting[key] for key in waiting if by is spec and confidence(found[key]) < wanted}
+            waiting = {
+                key: asked
+                for key, asked in waiting.items()
+                if by is spec and route.asks_on(position, confidence(found[key]), letters(found[key]))
+            }
         return answers
 
     def _call(

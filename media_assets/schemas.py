@@ -187,9 +187,12 @@ MODERATION_SCORES = pa.schema(
         _START,
         _END,
         _field("label", pa.string(), "label of the project's taxonomy", False),
-        _field("score", pa.float64(), "raw score of the model, 0-1", False),
+        _field("score", pa.float64(), "raw score of the model, 0-1; null: not asked, for `screened_by` was sure"),
         _field("source", pa.string(), "frame number, segment or line the score is about", False),
-        _MODEL,
+        _field("model", pa.string(), "model whose score it is, or would be: name@first 12 of its digest", False),
+        _field("screening", pa.string(), "of a screened model: asked, second_look (asked as a sample) or skipped"),
+        _field("screened_by", pa.string(), "model that looked first"),
+        _field("screen_score", pa.float64(), "strongest score of that model, 0-1; null: it does not know the language"),
         _VERSION,
     ]
 )

@@ -11,8 +11,10 @@ from typing import Any, ClassVar, Generic, TypeVar
 import pyarrow as pa
 
 from media_assets import schemas
+from resources import heartbeat
 from resources.errors import Failure, ModelUnavailable
 from resources.models.registry import ModelRegistry, ModelSpec, Route
+from resources.models.screens import Screen
 from resources.settings import Settings
 from resources.storage import DerivedStore
 from resources.tuning import tuned
@@ -20,6 +22,7 @@ from resources.tuning import tuned
 P = TypeVar("P")
 O = TypeVar("O")  # noqa: E741 - the field's usual letter for an output
 T = TypeVar("T")
+_LISTEN_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,13 +123,18 @@ class Memo:
         """The value of `key`, made by the first caller; others wait for it."""
         with self._lock:
             cell = self._cells.setdefault(key, _Cell())
-        with cell.lock:
+        while not cell.lock.acquire(timeout=_LISTEN_S):
+            heartbeat.follow(cell.pulse)
+        try:
             if not cell.done:
+                cell.pulse = heartbeat.pulse()
                 try:
                     cell.value = make()
                 except Exception as error:  # noqa: BLE001 - raised again to every caller
                     cell.error = error
                 cell.done = True
+        finally:
+            cell.lock.release()
         if cell.error is not None:
             raise cell.error
         return cell.value  # type: ignore[no-any-return]
@@ -138,13 +146,14 @@ class Memo:
 
 
 class _Cell:
-    __slots__ = ("done", "error", "lock", "value")
+    __slots__ = ("done", "error", "lock", "pulse", "value")
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.done = False
         self.value: Any = None
         self.error: Exception | None = None
+        self.pulse: heartbeat.Pulse | None = None
 
 
 class Stage(ABC, Generic[P, O]):
@@ -167,6 +176,7 @@ class Stage(ABC, Generic[P, O]):
     code_version: ClassVar[str]
     tasks: ClassVar[tuple[str, ...]] = ()
     routed: ClassVar[tuple[str, ...]] = ()  # tasks among them whose routes the stage follows
+    screened: ClassVar[tuple[tuple[str, ...], ...]] = ()  # tasks among them whose models may screen one another
     micro_batch: ClassVar[int] = 8
     description: ClassVar[str] = ""
 
@@ -178,6 +188,12 @@ class Stage(ABC, Generic[P, O]):
                 f"{self.name} asks one model of task {', '.join(ignored)} and follows no route.",
                 f"Remove the route from {models.path.name}.",
             )
+        for task in self.tasks:
+            if (found := models.screen(task)) and not any({task, found[1].task} <= {*group} for group in self.screened):
+                raise ModelUnavailable(
+                    f"{self.name} cannot let {found[1].name} ({found[1].task}) look first at what task {task} is for.",
+                    f"Remove the screen from {models.path.name}.",
+                )
 
     @property
     def schema(self) -> pa.Schema:
@@ -195,12 +211,22 @@ class Stage(ABC, Generic[P, O]):
         return schemas.SIDES.get(self.name, {})
 
     def specs(self) -> tuple[ModelSpec, ...]:
-        """Specs of the models that may answer; their identity enters the version, as that of `routes` does."""
-        return tuple(spec for task in self.tasks for spec in self.models.asked(task))
+        """Specs of the models that may answer; their identity enters the version, as those of routes and screens do."""
+        asked = [spec for task in self.tasks for spec in self.models.asked(task)]
+        first = [found[1] for task in self.tasks if (found := self.models.screen(task))]
+        return tuple({(spec.task, spec.digest): spec for spec in (*asked, *first)}.values())
+
+    def held(self) -> tuple[ModelSpec, ...]:
+        """Specs of the models that `load` and `infer` keep in memory; default: all."""
+        return self.specs()
 
     def routes(self) -> tuple[Route, ...]:
         """Declared routes between models of the stage's tasks."""
         return self.models.routes(self.tasks)
+
+    def screens(self) -> tuple[Screen, ...]:
+        """Declared screens of the stage's tasks."""
+        return tuple(found[0] for task in self.tasks if (found := self.models.screen(task)))
 
     def units_per_call(self, scale: int = 1) -> int:
         """Size of a micro-batch: what models.toml says of its models, else what was tuned, else `micro_batch`.

@@ -28,6 +28,7 @@ from resources.models.whisper import (
     WhisperParameters,
     WhisperRecogniser,
     Word,
+    load_network,
     mean_confidence,
 )
 from resources.settings import Settings
@@ -88,7 +89,7 @@ class Transcript(Stage[Payload, Answer]):
 
     def __init__(self, settings: Settings, models: ModelRegistry) -> None:
         super().__init__(settings, models)
-        self._recognisers = Routed(models, "asr", lambda spec: WhisperRecogniser(spec, models.cache))
+        self._recognisers = Routed(models, "asr", self._recogniser)
 
     def specs(self) -> tuple[ModelSpec, ...]:
         """Recogniser and voice activity, and alignment and diarization models where the profile has them."""
@@ -133,7 +134,10 @@ class Transcript(Stage[Payload, Answer]):
             else:
                 stretches[unit.id] = unit.payload
         aligners = self._aligners()
-        for key, found in self._recognisers.ask(stretches, _recognise, lambda answer: answer.confidence).items():
+        asked = self._recognisers.ask(
+            stretches, _recognise, lambda answer: answer.confidence, lambda answer: sum(map(str.isalnum, answer.text))
+        )
+        for key, found in asked.items():
             aligner = aligners.get(found.answer.language)
             aligned = aligner.align(stretches[key].samples, found.answer) if aligner else found.answer
             answers[key] = Answered(found.by, aligned)
@@ -180,6 +184,10 @@ class Transcript(Stage[Payload, Answer]):
         if diarizer is None:
             return Failure.of(ModelFailed("No diarization model is configured in this profile."))
         return tuple(diarizer.turns(_float32(recording.samples)))
+
+    def _recogniser(self, spec: ModelSpec) -> WhisperRecogniser:
+        network = self.models.shared(spec, partial(load_network, spec, self.models.cache))
+        return WhisperRecogniser(spec, network)
 
     def _detector(self) -> SpeechDetector:
         spec = self.models.spec("vad")

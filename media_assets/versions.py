@@ -11,7 +11,7 @@ from media_assets.stage import MediaItem, Stage
 
 
 def code_version(stage: Stage[Any, Any]) -> str:
-    """Digest of the stage's code version, its models, the routes between them and the settings that change its output.
+    """Digest of the stage's code version, models, routes and screens, and of the settings that change its output.
 
     This is the asset's code version in Dagster: a changed model shows there as changed code.
     """
@@ -22,7 +22,8 @@ def code_version(stage: Stage[Any, Any]) -> str:
 
 
 def _code_version(stage: Stage[Any, Any]) -> str:
-    models = [*(spec.digest for spec in stage.specs()), *(route.digest for route in stage.routes())]
+    models = [spec.digest for spec in stage.specs()]
+    models += [declared.digest for declared in stage.routes()] + [declared.digest for declared in stage.screens()]
     return _digest([stage.name, stage.code_version, models, dict(stage.parameters())])
 
 

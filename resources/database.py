@@ -5,8 +5,10 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import select
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -159,6 +161,33 @@ class Database:
             finally:
                 if free:
                     connection.execute(sa.select(sa.func.pg_advisory_unlock(*key)))
+
+    @contextmanager
+    def listening(self, channel: str) -> Iterator[Callable[[float], bool]]:
+        """Hear what transactions notify `channel` of from here on; yields a wait.
+
+        The wait takes seconds at most and returns whether something was told, be it before the wait began.
+        """
+        with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.execute(sa.text(f"listen {channel}"))
+            raw: Any = connection.connection.dbapi_connection
+
+            def wait(seconds: float) -> bool:
+                end = time.monotonic() + seconds
+                raw.poll()
+                while not raw.notifies and (left := end - time.monotonic()) > 0:
+                    select.select([raw], [], [], left)
+                    raw.poll()
+                told = bool(raw.notifies)
+                raw.notifies.clear()
+                return told
+
+            try:
+                yield wait
+                connection.execute(sa.text(f"unlisten {channel}"))
+            except BaseException:
+                connection.invalidate()  # it listens still, and the pool would hand it on
+                raise
 
     def close(self) -> None:
         """Close pooled connections."""

@@ -15,7 +15,7 @@ from functools import cache
 import sqlalchemy as sa
 
 from resources.compute import Needs
-from resources.errors import MediaError, printable
+from resources.errors import MediaError, ModelUnavailable, printable
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 _LOCKS = 0x6D67  # advisory locks on devices: "mg"
@@ -106,7 +106,8 @@ def candidates(needs: Needs, profile: str) -> tuple[Device, ...]:
         return tuple(enough)
     if needs.gpu_required:
         size = f" with {needs.gpu_memory_bytes / 2**30:g} GiB" if needs.gpu_memory_bytes else ""
-        raise DeviceUnavailable(f"{wanted} GPU(s){size} needed, {len(enough)} of {len(found)} on this machine will do.")
+        there = f"{len(enough)} of {len(found)} on this machine will do" if found else "this machine has none"
+        raise DeviceUnavailable(f"{wanted} GPU(s){size} needed, {there}.")
     return ()
 
 
@@ -173,6 +174,24 @@ def _unlock(connection: sa.Connection, devices: Sequence[Device]) -> None:
 def _key(device: Device) -> int:
     digest = hashlib.blake2b(device.uuid.encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big", signed=True)
+
+
+def for_torch(wanted: str) -> str:
+    """The device of a torch model whose entry says `auto`, `cpu` or `cuda`: `auto` is cuda where torch finds a GPU.
+
+    Raises ModelUnavailable for `cuda` where it finds none. Imports torch and starts CUDA, unless it is the CPU.
+    """
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise ModelUnavailable(f"There is no device {printable(wanted)!r}.", 'Say "auto", "cpu" or "cuda".')
+    if wanted == "cpu":
+        return "cpu"
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if wanted == "cuda":
+        raise ModelUnavailable("The model wants a GPU, and torch finds none.", 'Set its device to "auto" or "cpu".')
+    return "cpu"
 
 
 def usable_by_torch() -> None:

@@ -14,7 +14,9 @@ _NO_MEMORY = re.compile(
 )
 _NO_DEVICE = re.compile(
     r"NVIDIA driver|CUDA driver|no CUDA-capable device|No CUDA GPUs|not compiled with CUDA|CUDA unknown error"
-    r"|no kernel image is available|invalid device ordinal|libcudart|libcublas|libcudnn",
+    r"|no kernel image is available|kernel image is invalid|invalid device ordinal|libcudart|libcublas|libcudnn"
+    r"|display driver / cuda driver|forward compatibility was attempted|compiled with an unsupported toolchain"
+    r"|busy or unavailable|Driver/library version mismatch|uncorrectable ECC|GPU is lost",
     re.IGNORECASE,
 )
 
@@ -108,7 +110,7 @@ class ModelFailed(MediaError):
 
 class ModelTimeout(MediaError):
     code, retryable, http_status = "model_timeout", True, 504
-    remedy = "It is tried again; raise engine.infer_timeout_s or serving.timeout_s if the model really needs longer."
+    remedy = "It is tried again, alone; raise engine.infer_timeout_s or serving.timeout_s if it really needs longer."
 
 
 class ServingUnavailable(MediaError):
@@ -159,13 +161,33 @@ class Failure:
             return cls(error.code, _text(error), error.retryable)
         if is_out_of_memory(error):
             return cls(OutOfMemory.code, printable(f"Out of memory. {OutOfMemory.remedy}"), OutOfMemory.retryable)
-        if _NO_DEVICE.search(_text(error, _WHOLE)):
+        if _is_no_device(error):
             text = printable(f"The GPU cannot be used: {_text(error)}", 300)
             return cls(ModelUnavailable.code, f"{text} {_DEVICE_REMEDY}", ModelUnavailable.retryable)
         if isinstance(error, OSError):
             text = f"{type(error).__name__}: {_text(error)}. {StorageFailed.remedy}"
             return cls(StorageFailed.code, text, StorageFailed.retryable)
         return cls(Internal.code, f"{type(error).__name__}: {_text(error)}", Internal.retryable)
+
+
+def not_loaded(what: str, error: BaseException) -> MediaError:
+    """What `error`, which came up while `what` was loaded, says about every item alike: no item is to blame for it."""
+    if is_out_of_memory(error):
+        remedy = "Give the worker more memory, or choose smaller models in models.toml."
+        return ModelUnavailable(f"{what} cannot be loaded: there is too little memory.", remedy)
+    if isinstance(error, MediaError):
+        return error
+    said = _text(error, 300).rstrip(". ")
+    if _is_no_device(error):
+        return ModelUnavailable(f"{what} cannot be loaded, for the GPU cannot be used: {said}.", _DEVICE_REMEDY)
+    return ModelUnavailable(
+        f"{what} cannot be loaded: {type(error).__name__}: {said}.",
+        "Check its weights, the free space where they are kept, and the version of its library.",
+    )
+
+
+def _is_no_device(error: BaseException) -> bool:
+    return bool(_NO_DEVICE.search(_text(error, _WHOLE)))
 
 
 def _text(error: BaseException, limit: int = 500) -> str:

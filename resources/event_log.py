@@ -1,4 +1,4 @@
-"""What Dagster's own tables hold of media items, erased there: Dagster has no call that does it.
+"""What Dagster's own tables hold of media items, found and erased there: Dagster has no call that does it.
 
 They lie in the same database (see dagster.yaml). A materialization carries previews of its item, a check the worst
 rows of its batch, a log line the error of an item; run configs, tags and ticks hold IDs alone and are left as they are.
@@ -9,18 +9,34 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
 
 from resources.database import Database
 from resources.erasure import mention
+from resources.errors import printable
 
 PURGED_TEXT = "(purged)"
 _CHUNK = 200  # events read at once; one may hold pictures of some 100 kB
 _PICTURE = "data:image/"
 _RECORD = "TableRecord"
 _UNFINISHED = ("NOT_STARTED", "QUEUED", "STARTING", "STARTED", "CANCELING", "MANAGED")
+
+
+_LAST_RUNS = 1000  # how far back a failed run of an item is looked for
+
+
+@dataclass(frozen=True, slots=True)
+class FailedRun:
+    """A run that failed as a whole, and why, in a sentence."""
+
+    run_id: str
+    job: str
+    ended_at: datetime
+    error: str
 
 
 class EventLog:
@@ -89,6 +105,30 @@ class EventLog:
         with self._engine.connect() as connection:
             return list(connection.execute(query, {"unfinished": list(_UNFINISHED)}).scalars())
 
+    def failed_run(self, media_id: str) -> FailedRun | None:
+        """The newest run whose batch names the item, if it failed: the reason why there is no outcome of it.
+
+        Runs over a range of partitions do not name their items.
+        """
+        if not self._exists():
+            return None
+        newest = sa.text(
+            "select run_id, pipeline_name, status, update_timestamp at time zone 'utc' from"
+            " (select * from runs order by id desc limit :most) as last"
+            " where strpos(run_body, :named) > 0 order by id desc limit 1"
+        )
+        failures = sa.text(
+            "select event from event_logs where run_id = :run_id"
+            " and dagster_event_type in ('STEP_FAILURE', 'PIPELINE_FAILURE') order by id"
+        )
+        with self._engine.connect() as connection:
+            run = connection.execute(newest, {"most": _LAST_RUNS, "named": json.dumps(media_id)}).first()
+            if run is None or run[2] != "FAILURE":
+                return None
+            events = list(connection.execute(failures, {"run_id": run[0]}).scalars())
+        told = next(filter(None, map(_failure, events)), "No reason was recorded.")
+        return FailedRun(run[0], run[1], run[3], told)
+
     def _exists(self) -> bool:
         with self._engine.connect() as connection:
             return sa.inspect(connection).has_table("event_logs")
@@ -133,6 +173,13 @@ class EventLog:
                 used = {key: value for key, value in used.items() if f":{key}" in statement}
                 counts[name] = connection.execute(sa.text(statement), used).rowcount
         return counts
+
+
+def _failure(event: str) -> str:
+    """What a stored failure says: the message of the error within Dagster's own, else of that, else of the event."""
+    told = json.loads(event)["dagster_event"]
+    error = (told.get("event_specific_data") or {}).get("error") or told
+    return printable(" ".join((error.get("cause") or error).get("message", "").split()))
 
 
 def redacted(event: str, pattern: re.Pattern[str]) -> str:

@@ -39,6 +39,8 @@ from resources.settings import Engine
 _CHUNK = 5000  # rows per statement, well below Postgres' limit of 65,535 parameters
 _PAGE = 10_000  # rows a server-side cursor fetches at once
 LIVE, PURGED = "live", "purged"
+EVALUATION = "media-assets evaluate"
+"""The lease of whoever evaluates outside Dagster, where a run would have its ID."""
 BACKLOG = 1  # planner's priority of what is made again: after fresh uploads
 
 
@@ -399,6 +401,11 @@ class OutcomeStore:
         with self._engine.connect() as connection:
             history, changed, pending = connection.execute(query).one()
         return f"{history} {changed and changed.isoformat()} {pending}"
+
+    def exist(self) -> bool:
+        """Whether anything was ever worked on."""
+        with self._engine.connect() as connection:
+            return bool(connection.execute(sa.text("select exists (select from outcome_history)")).scalar())
 
     def rows(self) -> list[dict[str, Any]]:
         """Every record of a live item, as plain rows for the `outcomes` view."""

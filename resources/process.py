@@ -6,11 +6,11 @@ _hung = 0
 
 
 def note_hung(calls: int) -> None:
-    """Model calls that did not answer still run in this process: it should end after its run, not serve another."""
+    """Calls that did not answer still run in this process: it should end after its run, not serve another."""
     global _hung
     _hung += calls
 
 
 def is_tainted() -> bool:
-    """Whether a model call hangs in this process."""
+    """Whether a call hangs in this process."""
     return _hung > 0

@@ -64,12 +64,13 @@ class Queue:
         """About how many messages wait to be received."""
         return int(self._attribute("ApproximateNumberOfMessages"))
 
-    def receive(self, limit: int, deadline: float) -> Received:
+    def receive(self, limit: int, deadline: float, patience_s: int = _POLL_S) -> Received:
         """Up to `limit` messages, until the queue is empty or `deadline` (of `time.monotonic`).
 
-        An empty queue costs two calls: a short poll, which may miss messages, and one long poll of a second.
+        An empty queue costs two calls: a short poll, which may miss messages, and one long poll: of `patience_s`
+        (whole seconds, 20 at most) while there are no messages at all, of a second after some.
         """
-        intake = _Intake(limit, deadline)
+        intake = _Intake(limit, deadline, patience_s)
         self._pull(intake, alone=True)
         if intake.is_open():
             self._each([intake] * RECEIVERS, self._pull)
@@ -120,7 +121,7 @@ class Queue:
                         intake.give_back(asked, found)
                         return  # another receiver is looking
                     try:
-                        found = self._receive(asked, _POLL_S)
+                        found = self._receive(asked, _POLL_S if intake.messages else intake.patience_s)
                     finally:
                         intake.last_look.release()
                     if not found:
@@ -174,8 +175,9 @@ class Queue:
 class _Intake:
     """What the receivers of one call have taken together, and whether they go on."""
 
-    def __init__(self, limit: int, deadline: float) -> None:
+    def __init__(self, limit: int, deadline: float, patience_s: int) -> None:
         self.messages: list[Message] = []
+        self.patience_s = patience_s
         self.found_nothing = False
         self.last_look = threading.Lock()
         self._lock = threading.Lock()

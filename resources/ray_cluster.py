@@ -19,6 +19,11 @@ MISSING = "Install it: pip install 'media-assets[ray]'"
 class ClusterUnavailable(ServingUnavailable):
     """There is no cluster at the address, or it lacks what is asked for."""
 
+    remedy = (
+        "Check RAY_ADDRESS, or ray.address where that is not set, and the cluster; without one, set compute.executor"
+        " and serving.backend to local."
+    )
+
 
 def address(settings: Settings) -> str:
     """Address of the cluster: RAY_ADDRESS, as everywhere in Ray, then `ray.address`, then `auto`: this machine's."""
@@ -48,7 +53,7 @@ def connect(settings: Settings) -> None:
     check_reachable(where, settings.ray.connect_timeout_s)
     try:
         ray.init(where, configure_logging=False, logging_level=logging.ERROR, log_to_driver=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ClusterUnavailable(f"The Ray cluster at {where} cannot be used: {error}") from error
 
 

@@ -23,6 +23,8 @@ from resources.object_store import SCHEME, Listed, find_object, is_s3, list_all,
 from resources.records import removals, uploads
 from resources.settings import S3
 
+CHANGES = "media_uploads"
+"""Channel of the database on which commits that registered or removed something are told."""
 _CHUNK = 5000
 _FILE_SCHEME = "file://"
 
@@ -225,19 +227,23 @@ class Registry:
     def register(self, found: Sequence[Upload] = (), gone: Sequence[Removal] = (), priority: int = 0) -> Registered:
         """Register uploads and removals; telling the same again is harmless.
 
-        Each chunk of 5,000 is one transaction. `priority` is the planner's for new uploads: lower goes first.
+        Each chunk of 5,000 is one transaction; those that change something are told on `CHANGES`. `priority` is
+        the planner's for new uploads: lower goes first.
         """
         now = datetime.now(UTC)
         new: list[str] = []
         removed: list[str] = []
         for start in range(0, max(len(found), len(gone)), _CHUNK):
             chunk, lost = found[start : start + _CHUNK], gone[start : start + _CHUNK]
+            before = len(new) + len(removed)
             with self._engine.begin() as connection:
                 # Writers take turns: two of them could otherwise judge the versions of one URI at once.
                 connection.execute(sa.text("select pg_advisory_xact_lock(:space, 1)"), {"space": LOCK_NAMESPACE})
                 new += _upsert_uploads(connection, chunk, now, priority)
                 _upsert_removals(connection, lost, now)
                 removed += _settle_versions(connection, {e.uri for e in chunk} | {e.uri for e in lost})
+                if len(new) + len(removed) > before:
+                    connection.execute(sa.text(f"notify {CHANGES}"))
         ids = dict.fromkeys(upload.media_id for upload in found)
         return Registered(tuple(ids), tuple(new), tuple(removed))
 

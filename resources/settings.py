@@ -51,7 +51,10 @@ class Engine(_Section):
     max_attempts: int = Field(3, ge=1, description="attempts before an item is quarantined")
     retry_base_s: float = Field(30.0, ge=0, description="first retry delay, seconds; doubles per attempt, with jitter")
     infer_timeout_s: float = Field(
-        900.0, gt=0, description="longest call of a model with one micro-batch, its loading included, seconds"
+        900.0,
+        gt=0,
+        description="longest call of a model with one micro-batch, its loading included, and longest silence of a"
+        " stage's other calls, seconds",
     )
     previews_per_run: int = Field(200, ge=0, description="items per run and asset whose picture goes to the Dagster UI")
 

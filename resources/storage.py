@@ -47,9 +47,18 @@ class DerivedStore:
         Raises OSError, and StorageFailed when an object store keeps something else than was sent.
         """
         view = memoryview(data)
+        try:
+            self._put(path, view)
+        except OSError as error:
+            if error.filename is None:  # a full disk does not say which one it is
+                error.filename = str(path)
+            raise
+        return view.nbytes
+
+    def _put(self, path: UPath, view: memoryview) -> None:
         if not self._local:
             put_bytes(path, bytes(view), self.part_bytes)
-            return view.nbytes
+            return
         final = Path(str(path))
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}")
@@ -60,7 +69,6 @@ class DerivedStore:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        return view.nbytes
 
     def read(self, asset: str, media_id: str, side: str = "", columns: list[str] | None = None) -> pa.Table:
         """The stored table. Raises FileNotFoundError when there is none."""

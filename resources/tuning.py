@@ -58,6 +58,7 @@ def record(settings: Settings, specs: Sequence[ModelSpec], found: Tuned) -> Path
     """Keep `found`, in place of an earlier measurement; the file is replaced in one step. Raises TuningUnreadable."""
     path = settings.home / FILE
     entries = {**(_read(path) if path.exists() else {}), _key(settings, specs): asdict(found)}
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{FILE}.{secrets.token_hex(4)}")
     temporary.write_text(json.dumps(entries, indent=1, sort_keys=True))
     os.replace(temporary, path)

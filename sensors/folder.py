@@ -9,13 +9,13 @@ from pydantic import ValidationError
 from media_assets.partitions import add_partitions
 from resources.errors import printable
 from resources.library import Library
-from resources.registry import Registered
 from resources.settings import Settings
 from sensors.folder_watch import Look, Memory, look, watched
-from sensors.intervals import every
+from sensors.intervals import every, stay_s
 
 NAME = "folder_sensor"
 INTERVAL_S = 5
+_LOOK_EVERY_S = 1.0  # within a tick
 _REST = 4  # times a look's own duration: large folders are looked at less often
 _LONGEST_REST_S = 300
 _TOLD = 20
@@ -38,20 +38,27 @@ def build_folder_sensor(settings: Settings) -> dg.SensorDefinition:
             return dg.SkipReason(UNSET)
         library: Library = context.resources.media
         memory = _memory(context)
-        now, start = time.time(), time.monotonic()
-        if now < memory.rest_until <= now + _LONGEST_REST_S:
-            return dg.SkipReason(f"Looking takes long; the next look is in {memory.rest_until - now:.0f} s.")
-        found = look(folders, library.registry, memory, settings.ingestion, now)
-        # Partitions first: one without an upload is harmless, an upload without its partition would stay so.
-        add_partitions(context.instance, settings, [upload.media_id for upload in found.new])
-        registered = library.registry.register(found.new, found.gone)
-        told = _warn(context, found, memory.told)
-        took = time.monotonic() - start
-        rest_until = time.time() + min(_LONGEST_REST_S, _REST * took) if took > 1 else 0.0
-        return dg.SensorResult(
-            skip_reason=dg.SkipReason(_summary(found, registered)),
-            cursor=found.memory(told, rest_until).model_dump_json(),
-        )
+        if time.time() < memory.rest_until <= time.time() + _LONGEST_REST_S:
+            return dg.SkipReason(f"Looking takes long; the next look is in {memory.rest_until - time.time():.0f} s.")
+        new = removed = 0
+        end = time.monotonic() + stay_s(context.instance)
+        while True:
+            start = time.monotonic()
+            found = look(folders, library.registry, memory, settings.ingestion, time.time())
+            # Partitions first: one without an upload is harmless, an upload without its partition would stay so.
+            add_partitions(context.instance, settings, [upload.media_id for upload in found.new])
+            registered = library.registry.register(found.new, found.gone)
+            new, removed = new + len(registered.new), removed + len(registered.removed)
+            told = _warn(context, found, memory.told)
+            took = time.monotonic() - start
+            rest = min(_LONGEST_REST_S, _REST * took)
+            memory = found.memory(told, time.time() + rest if took > 1 else 0.0)
+            pause = max(_LOOK_EVERY_S, rest)
+            if time.monotonic() + pause > end:
+                break
+            time.sleep(pause)
+        skipped = dg.SkipReason(_summary(found, new, removed))
+        return dg.SensorResult(skip_reason=skipped, cursor=memory.model_dump_json())
 
     return folder_sensor
 
@@ -64,8 +71,8 @@ def _memory(context: dg.SensorEvaluationContext) -> Memory:
         return Memory()
 
 
-def _summary(found: Look, registered: Registered) -> str:
-    parts = [f"{found.files} files", f"{len(registered.new)} new", f"{len(registered.removed)} superseded or removed"]
+def _summary(found: Look, new: int, removed: int) -> str:
+    parts = [f"{found.files} files", f"{new} new", f"{removed} superseded or removed"]
     if found.unsettled:
         parts.append(f"{len(found.unsettled)} perhaps still being written")
     if found.deferred:

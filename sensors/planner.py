@@ -13,8 +13,9 @@ from media_assets.partitions import add_partitions, explicit_batch_tags
 from media_assets.provenance import DATA_VERSION_TAG
 from resources.backlog import BatchRecord
 from resources.library import Library
+from resources.registry import CHANGES
 from resources.settings import Settings
-from sensors.intervals import every
+from sensors.intervals import every, stay_s
 
 BATCH_TAG = "media/batch"
 LANE_TAG = "media/lane"
@@ -37,21 +38,33 @@ def build_planner_sensor(settings: Settings, jobs: Sequence[Any]) -> dg.SensorDe
         library: Library = context.resources.media
         if not planners:
             planners.append(Planner(library))
-        lost_requests = follow(library, context.instance)
-        tick = planners[0].tick()
-        for line in tick.explanations:
-            context.log.info(line)
-        batches = [*lost_requests, *tick.batches]
-        if batches:
-            # Uploads registered by the command line may not be partitions yet.
-            add_partitions(context.instance, settings, [key for batch in batches for key in batch.keys])
-            return dg.SensorResult(run_requests=[request(batch, settings) for batch in batches])
-        if not library.backlog.open_batches() and (rebuild := rebuild_request(library)) is not None:
-            context.log.info("rebuild: the library changed and nothing is in flight")
-            return dg.SensorResult(run_requests=[rebuild])
-        return dg.SkipReason("; ".join(tick.explanations))
+        with library.database.listening(CHANGES) as told:
+            decision, is_idle = _decide(context, library, planners[0])
+            if is_idle and told(stay_s(context.instance)):
+                decision, _ = _decide(context, library, planners[0])
+        return decision
 
     return planner_sensor
+
+
+def _decide(
+    context: dg.SensorEvaluationContext, library: Library, planner: Planner
+) -> tuple[dg.SensorResult | dg.SkipReason, bool]:
+    """What to launch now, and whether the system is idle: nothing in flight and nothing that waits."""
+    lost_requests = follow(library, context.instance)
+    tick = planner.tick()
+    for line in tick.explanations:
+        context.log.info(line)
+    batches = [*lost_requests, *tick.batches]
+    if batches:
+        # Uploads registered by the command line may not be partitions yet.
+        add_partitions(context.instance, library.settings, [key for batch in batches for key in batch.keys])
+        return dg.SensorResult(run_requests=[request(batch, library.settings) for batch in batches]), False
+    is_quiet = not library.backlog.open_batches()
+    if is_quiet and (rebuild := rebuild_request(library)) is not None:
+        context.log.info("rebuild: the library changed and nothing is in flight")
+        return dg.SensorResult(run_requests=[rebuild]), False
+    return dg.SkipReason("; ".join(tick.explanations)), is_quiet and not tick.looked_at
 
 
 def request(batch: Batch, settings: Settings) -> dg.RunRequest:

@@ -20,7 +20,7 @@ from resources.object_versions import VersionedRegistry
 from resources.queues import Message, Queue, QueueUnavailable
 from resources.rejected import Rejected, RejectedMessages
 from resources.settings import Settings
-from sensors.intervals import every
+from sensors.intervals import every, stay_s
 from sensors.s3_messages import SOURCE, Events, NotUnderstood, parse
 
 _INTERVAL_S = 5
@@ -89,7 +89,8 @@ def drain(library: Library, client: Any, instance: dg.DagsterInstance) -> Draine
     tick = _Tick(library, instance, queue, dead_letters, done)
     most = ingestion.max_messages_per_tick
     with ThreadPoolExecutor(1, thread_name_prefix="sqs-ahead") as ahead:
-        coming = ahead.submit(queue.receive, min(_CHUNK, most), deadline)
+        patience_s = max(1, int(stay_s(instance)))
+        coming = ahead.submit(queue.receive, min(_CHUNK, most), deadline, patience_s)
         taken = 0
         while True:
             with done.timed("receive"):  # what of it is not hidden behind the chunk before

@@ -12,7 +12,10 @@ from pathlib import Path
 import dagster as dg
 import pytest
 from pydantic import ValidationError
+from typer.testing import CliRunner
 
+from cli.instance import open_instance
+from cli.main import app
 from jobs import executors
 from jobs.executors import ExecutorUnavailable, executor, instance_file, pool_limits
 from media_assets.definitions import build
@@ -24,6 +27,7 @@ from resources import devices
 from resources.compute import BadNeeds, Needs, micro_batch_scale, op_tags, run_tags
 from resources.database import Database
 from resources.devices import Device, DeviceUnavailable, assigned, candidates, visible
+from resources.event_log import EventLog
 from resources.library import Library
 from resources.registry import discover
 from resources.settings import Compute, GroupNeeds, Settings
@@ -323,7 +327,7 @@ def test_a_step_works_on_a_gpu_that_suits_it_or_on_the_cpu(
 @pytest.mark.parametrize(
     ("needs", "cards", "said"),
     [
-        (Needs(gpus=1), (), "0 of 0"),
+        (Needs(gpus=1), (), "this machine has none"),
         (Needs(gpus=4), CARDS, r"4 GPU\(s\) needed, 3 of 3"),
         (Needs(gpus=1, gpu_memory_bytes=40 * GIB), CARDS, "with 40 GiB needed, 0 of 3"),
     ],
@@ -420,7 +424,8 @@ def test_a_part_is_not_held_while_waiting_for_the_rest(database: Database, monke
 
 
 def test_a_run_without_its_gpu_fails_with_the_sentence(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Given a group that requires a GPU, on a machine without one, then its run fails at once and no item is tried."""
+    """Given a group that requires a GPU, on a machine without one, then its run fails at once, no item is tried, and
+    the item's status says why."""
     monkeypatch.setattr(devices, "present", lambda: ())
     monkeypatch.setenv("MEDIA_PROFILE", "gpu")
     library = Library(Settings.load(library.settings.home))
@@ -431,7 +436,7 @@ def test_a_run_without_its_gpu_fails_with_the_sentence(library: Library, monkeyp
         jobs=[dg.define_asset_job("job", dg.AssetSelection.assets("media").without_checks())],
         resources={"media": dg.ResourceDefinition(lambda _: library)},
     )
-    with dg.DagsterInstance.ephemeral() as instance:
+    with open_instance(library) as instance:
         add_partitions(instance, library.settings, ids)
         done = definitions.resolve_job_def("job").execute_in_process(
             instance=instance,
@@ -440,8 +445,16 @@ def test_a_run_without_its_gpu_fails_with_the_sentence(library: Library, monkeyp
             raise_on_error=False,
         )
     (failure,) = done.get_step_failure_events()
-    assert "1 GPU(s) needed, 0 of 0 on this machine will do." in str(failure.event_specific_data)
+    said = "1 GPU(s) needed, this machine has none."
+    assert said in str(failure.event_specific_data)
     assert not library.outcomes.load(ids)
+    found = EventLog(library.database).failed_run(ids[0])
+    assert found is not None
+    assert (found.run_id, found.job) == (done.run_id, "job")
+    assert found.error.startswith(f"resources.devices.DeviceUnavailable: {said} Run it on a machine with a GPU")
+    status = CliRunner().invoke(app, ["status", ids[0]], env={"COLUMNS": "1000"})
+    assert f"Its last run failed (job {done.run_id}" in status.stdout
+    assert said in status.stdout
     library.close()
 
 

@@ -16,11 +16,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from media_assets.engine import MAX_HANGS, BatchEngine, How, Result, Serial, Threads
-from media_assets.stage import MediaItem
+from media_assets.engine import MAX_HANGS, BatchEngine, How, Result, Serial, Threads, _timed
+from media_assets.stage import Inputs, MediaItem
 from resources.database import Database
 from resources.errors import Failure, ModelUnavailable, Undecodable
+from resources.heartbeat import beat
 from resources.library import Library
+from resources.models.registry import ModelRegistry
 from resources.outcomes import OutcomeStore, Status
 from resources.settings import Engine, Settings
 from resources.storage import DerivedStore
@@ -218,6 +220,25 @@ def test_a_full_disk_ends_the_item_and_not_the_batch(bench: Bench, monkeypatch: 
     assert len(list((bench.store.root / "numbers").iterdir())) == 2
 
 
+def test_a_disk_that_is_really_full_is_named(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given a device without space, when tables are written, an empty one too, then the items say which file; once
+    there is space, they are made."""
+    monkeypatch.setattr("resources.storage.secrets.token_hex", lambda _: "full")
+    folder = bench.store.root / "numbers"
+    folder.mkdir(parents=True)
+    for name in ("b", "photo-b"):
+        Path(folder / f".{name}.parquet.full").symlink_to("/dev/full")
+    batch = items("a", "b", "photo-b", "c")
+    results = by_key(bench.run(batch, bench.stages(kinds=[Numbers])))
+    assert {media_id for (media_id, _), result in results.items() if not result.done} == {"b", "photo-b"}
+    for name in ("b", "photo-b"):
+        outcome = results[name, "numbers"].outcome
+        assert (outcome.status, outcome.error_class) == (Status.RETRYABLE, "storage_failed")
+        assert f"No space left on device: '{folder / name}.parquet'" in (outcome.error or "")
+    assert sorted(path.name for path in folder.iterdir()) == ["a.parquet", "c.parquet"]
+    assert all(result.done for result in bench.run(batch, bench.stages(kinds=[Numbers]), "later"))
+
+
 def test_a_missing_input_blocks_and_follows_when_it_is_made(bench: Bench) -> None:
     """Given `doubled` without its input, then it is blocked at no attempt; once the input is there, it runs."""
     batch = items("a")
@@ -402,6 +423,75 @@ def test_a_stage_that_hangs_again_and_again_is_not_called_any_more(database: Dat
     assert {results[item.media_id, "doubled"].outcome.error_class for item in batch} == {"model_timeout"}
 
 
+@pytest.mark.parametrize("method", ["prepare", "assemble"])
+def test_a_hung_preparation_fails_its_item_alone(database: Database, tmp_path: Path, method: str) -> None:
+    """Given one item whose preparation or writing never ends, then it waits for a retry and all others are done.
+
+    What the call left behind makes later is not written: by then the item may have been purged.
+    """
+    bench = Bench(database, tmp_path, infer_timeout_s=0.3, prepare_threads=1)
+    answer = threading.Event()
+
+    def hangs(called: str, media_id: str) -> object:
+        if called == method and media_id == "b":
+            answer.wait()
+        return None
+
+    batch = items(*"abcdefgh")
+    engine = BatchEngine(bench.stages(hangs, [Numbers]), bench.store, bench.outcomes, bench.settings)
+    before = set(threading.enumerate())
+    results = by_key(list(engine.run(batch, "first")))
+    (left,) = set(threading.enumerate()) - before
+    answer.set()
+    left.join(30)
+    assert {media_id for (media_id, _), result in results.items() if not result.done} == {"b"}
+    outcome = results["b", "numbers"].outcome
+    assert (outcome.status, outcome.error_class) == (Status.RETRYABLE, "model_timeout")
+    assert "for numbers gave no sign of life for 0.3 s" in (outcome.error or "")
+    assert engine.hung == 1
+    assert not bench.store.exists("numbers", "b")
+    assert all(result.done for result in bench.run(batch, bench.stages(kinds=[Numbers]), "second"))
+
+
+def test_a_stage_whose_preparation_hangs_again_and_again_is_given_up(database: Database, tmp_path: Path) -> None:
+    """Given a preparation that hangs for every item, then a few are waited for and no thread is left to the rest."""
+    bench = Bench(database, tmp_path, infer_timeout_s=0.2, prepare_threads=1)
+    answer = threading.Event()
+    stages = bench.stages(lambda method, _: answer.wait() if method == "prepare" else None, [Numbers])
+    engine = BatchEngine(stages, bench.store, bench.outcomes, bench.settings)
+    try:
+        results = list(engine.run(items(*"abcdefghij"), "wedged"))
+    finally:
+        answer.set()
+    assert {result.outcome.error_class for result in results} == {"model_timeout"}
+    assert len(results) == 10
+    assert len(stages[0].prepared) == engine.hung <= MAX_HANGS + 1, "one more was in the lane already"
+
+
+def test_a_long_call_with_signs_of_life_does_not_hang(database: Database, tmp_path: Path) -> None:
+    """Given a preparation of several times the limit that is getting on, then it is waited for, and so is another
+    stage of the item that waits for the same value."""
+    bench = Bench(database, tmp_path, infer_timeout_s=0.4)
+
+    class Slow(Numbers):
+        def values(self, inputs: Inputs) -> list[int]:
+            return inputs.once("slow", self._slowly)
+
+        def _slowly(self) -> list[int]:
+            never = threading.Event()
+            for _ in range(20):
+                beat()
+                never.wait(0.06)
+            return [1]
+
+    class Waiting(Slow):
+        name = "waiting"
+
+    engine = BatchEngine(bench.stages(kinds=[Slow, Waiting]), bench.store, bench.outcomes, bench.settings)
+    assert all(result.done for result in engine.run(items("a"), "slow"))
+    assert engine.hung == 0
+
+
 HANGING = """
 import sys, threading
 from media_assets.engine import Threads
@@ -454,3 +544,30 @@ def test_an_input_too_large_alone_is_set_aside(bench: Bench) -> None:
     assert {key[0] for key, result in results.items() if not result.done} == {"b"}
     outcome = results["b", "numbers"].outcome
     assert (outcome.status, outcome.error_class) == (Status.QUARANTINED, "out_of_memory")
+
+
+def test_loading_a_model_is_no_items_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given a call that loads a model, which loads another, then its seconds are those of its work alone."""
+    now = 0.0
+
+    def take(seconds: float, answer: object = None) -> object:
+        nonlocal now
+        now += seconds
+        return answer
+
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    models = ModelRegistry(Settings(home=tmp_path))
+    outer, inner = models.spec("asr"), models.spec("vad")
+
+    def load() -> object:
+        models.loaded(inner, lambda: take(20, "inner"))
+        return take(30, "outer")
+
+    def work() -> object:
+        take(1)
+        models.loaded(outer, load)
+        return take(2)
+
+    assert _timed("key", work).seconds == 3
+    assert _timed("key", work).seconds == 3
+    assert now == 56

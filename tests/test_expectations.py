@@ -224,6 +224,10 @@ DAMAGE: list[tuple[str, Row, str]] = [
     ("embeddings", {"vector": []}, "unit norm"),
     ("embeddings", {"vector": [1.0, 0.0, 0.0]}, "one dimension per model"),
     ("moderation_scores", {"label": ""}, "label present"),
+    ("moderation_scores", {"score": None}, "score missing only where skipped"),
+    ("moderation_scores", {"screening": "skipped"}, "score missing only where skipped"),
+    ("moderation_scores", {"screening": "guessed"}, "screening allowed"),
+    ("moderation_scores", {"screen_score": -0.1}, "screen score between 0 and 1"),
     ("moderation_labels", {"severity": "dire"}, "severity allowed"),
     ("moderation_labels", {"action": "pardon"}, "action allowed"),
     ("moderation_labels", {"rule": ""}, "rule named"),
@@ -313,6 +317,18 @@ def test_importing_the_module_loads_neither_great_expectations_nor_torch() -> No
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=dict(os.environ)
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_a_label_that_was_not_asked_for_needs_no_score() -> None:
+    """Given rows of a model that was skipped, alone too, then they are sound, and quantiles are those of the scores."""
+    scored = rows_of("moderation_scores")
+    skipped = [
+        row | {"score": None, "screening": "skipped", "screened_by": "m@1", "screen_score": 0.01} for row in scored
+    ]
+    report = check("moderation_scores", [*scored, *skipped])
+    assert report.passed, report.summary
+    assert report.figures == check("moderation_scores", scored).figures
+    assert check("moderation_scores", skipped).figures == {}
 
 
 def test_a_decision_about_an_item_without_scores_is_sound() -> None:

@@ -324,6 +324,21 @@ def test_the_sensor_registers_adds_partitions_and_requests_no_runs(
         assert instance.get_dynamic_partitions(MEDIA) == [row["media_id"]]
 
 
+def test_one_tick_sees_a_file_twice(library: Library, root: Path, tmp_path: Path) -> None:
+    """Given a thread for each sensor, when a new file stays the same, then the tick that saw it first registers it."""
+    settings = library.settings.model_copy(update={"ingestion": Ingestion(folders=(str(root),), folder_quiet_s=0.5)})
+    sensor = build_folder_sensor(settings)
+    (root / "a.txt").write_text("a")
+    threads = {"sensors": {"use_threads": True}}
+    with (
+        dg.DagsterInstance.local_temp(str(tmp_path), overrides=threads) as instance,
+        dg.build_sensor_context(instance=instance, resources={"media": library}) as context,
+    ):
+        result = sensor.evaluate_tick(context)
+    assert "1 new" in (result.skip_message or "")
+    assert Memory.model_validate_json(result.cursor or "").unsettled == {}
+
+
 def test_without_a_folder_the_sensor_is_stopped_and_says_why(library: Library) -> None:
     """Given no folder, then the sensor is stopped; started by hand, it skips and names the setting."""
     sensor = build_folder_sensor(library.settings)

@@ -14,6 +14,8 @@ import pytest
 from PIL import Image
 
 from media_assets import schemas
+from media_assets.concepts import Encode, load_concepts
+from media_assets.expectations import validate
 from media_assets.moderation_labels import ModerationLabels
 from media_assets.moderation_scores import (
     MAX_CHARACTERS,
@@ -26,6 +28,7 @@ from media_assets.moderation_scores import (
     spans_of_stills,
 )
 from media_assets.policy import DEFAULT_POLICY
+from media_assets.screening import Answers
 from media_assets.stage import Inputs, MediaItem, Product, Stage, Unit
 from media_assets.taxonomy import CONCEPTS, LABELS
 from resources.errors import Failure, ModelUnavailable, NotApplicable
@@ -122,6 +125,15 @@ def by_label(table: pa.Table) -> dict[str, list[tuple[float, float, float]]]:
     return found
 
 
+def registry_with(models: ModelRegistry, folder: Path, old: str, new: str) -> ModelRegistry:
+    """A registry whose catalogue differs in one place."""
+    text = models.path.read_text()
+    assert text.count(old) == 1
+    path = folder / "models.toml"
+    path.write_text(text.replace(old, new))
+    return ModelRegistry(models.settings, path)
+
+
 def decided(settings: Settings, models: ModelRegistry, item: Item, scores: Product) -> list[dict[str, Any]]:
     item.store.write("moderation_scores", item.media_id, scores.table)
     rows: list[dict[str, Any]] = run(ModerationLabels(settings, models), item).table.to_pylist()
@@ -144,6 +156,45 @@ def test_innocent_stills_score_low_and_repeats_share_the_score_of_the_first(
     assert product.facts["stills_spared"] == 2
     (row,) = decided(settings, models, item, product)
     assert (row["label"], row["action"], row["rule"], row["end_s"]) == ("none", "allow", "default", 5.0)
+
+
+def test_the_detector_is_spared_where_the_classifier_is_sure_and_its_labels_are_null_not_zero(
+    settings: Settings, models: ModelRegistry, tmp_path: Path
+) -> None:
+    """Given a still above the screen's threshold and one below, then only the first has a score of nudity."""
+    pictures = [photo("coffee.png"), photo("chelsea.png")]
+    unscreened = registry_with(models, tmp_path, 'task = "nudity"', 'enabled = false\ntask = "nudity"')
+    everything = ModerationScores(settings, unscreened)
+    plain = by_label(run(everything, Item(tmp_path / "a", "film", "video").stills(*pictures)).table)
+    assert all(score is not None for _, _, score in plain["nudity"])
+    low, high = sorted(score for _, _, score in plain["sexual"])
+    between = registry_with(models, tmp_path, "ask_above = 0.1\nsecond_look = 0.02", f"ask_above = {(low + high) / 2}")
+    item = Item(tmp_path / "b", "film", "video").stills(*pictures)
+    product = run(ModerationScores(settings, between), item)
+    rows = {(row["label"], row["start_s"]): row for row in product.table.to_pylist()}
+    for (_, start), row in rows.items():
+        if row["label"] == "nudity":
+            seen = rows["sexual", start]
+            asked = seen["score"] == high
+            assert row["screening"] == ("asked" if asked else "skipped")
+            assert (row["score"] is None) == (not asked)
+            assert (row["screened_by"], row["screen_score"]) == (seen["model"], seen["score"])
+            assert row["model"].startswith("nudenet-320n@")
+    assert product.facts["screening_skipped"] == 1
+    assert [name.partition("@")[0] for name in product.models or ()] == ["nudenet-320n", "open-nsfw"]
+    assert [row["rule"] for row in decided(settings, models, item, product)] == ["default"]
+    media = schemas.table(schemas.MEDIA, [item.inputs().media() | {"duration_s": 2.0}])
+    assert validate("moderation_scores", product.table, media).passed
+
+
+def test_a_second_look_asks_the_detector_all_the_same_and_says_so(
+    settings: Settings, models: ModelRegistry, tmp_path: Path
+) -> None:
+    sampled = registry_with(models, tmp_path, "second_look = 0.02", "second_look = 1.0")
+    item = Item(tmp_path / "store", "film", "video").stills(photo("brick.png"))
+    rows = run(ModerationScores(settings, sampled), item).table.to_pylist()
+    assert [(row["label"], row["screening"]) for row in rows] == [("nudity", "second_look"), ("sexual", None)]
+    assert rows[0]["score"] == 0.0
 
 
 def test_speech_is_scored_where_the_model_knows_the_language(
@@ -189,16 +240,16 @@ def test_an_item_with_nothing_to_score_is_not_applicable_and_still_gets_a_decisi
 
 
 def test_a_broken_still_fails_alone_and_answers_are_keyed(stage: ModerationScores) -> None:
-    good = StillUnit(png(photo("coffee.png")), None)
+    good = StillUnit(png(photo("coffee.png")))
     units: list[Unit[StillUnit | TextUnit]] = [
         Unit("a", TextUnit("hello")),
-        Unit("b", StillUnit(b"no picture", None)),
+        Unit("b", StillUnit(b"no picture")),
         Unit("c", good),
     ]
     answers = dict(stage.infer(units))
     assert isinstance(answers["b"], Failure)
-    assert isinstance(answers["a"], dict)
-    assert set(answers["a"]) == {"toxicity"}
+    assert isinstance(answers["a"], Answers)
+    assert [name.partition("@")[0] for name in answers["a"].labels] == ["alt-profanity-check"]
     assert answers["c"] == stage.infer([Unit("c", good)])["c"]
 
 
@@ -218,6 +269,41 @@ def test_concepts_are_recognised_in_the_joint_space(
     others = [score for label in CONCEPTS if label != "military" for _, _, score in found[label][1:]]
     assert max(others) < 0.4
     assert [(r["label"], r["action"]) for r in decided(settings, models, item, product)] == [("military", "allow")]
+
+
+def test_the_embedding_model_is_not_needed_once_the_prompts_are_encoded(models: ModelRegistry, tmp_path: Path) -> None:
+    """Given two processes with one home, then the second scores concepts alike without opening the text encoder."""
+    opened: list[int] = []
+
+    def open_encoder() -> Encode:
+        opened.append(1)
+        return lambda texts: np.stack(
+            [np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8).astype(np.float32) for text in texts]
+        )
+
+    spec = models.spec("embedding")
+    first = load_concepts(spec, tmp_path, open_encoder)
+    second = load_concepts(spec, tmp_path, open_encoder)
+    assert opened == [1]
+    vector = np.full(32, 32**-0.5, np.float32)
+    assert first.score(vector) == second.score(vector)
+    assert sum(first.score(vector).values()) < 1
+    load_concepts(spec.model_copy(update={"source": "file:/other"}), tmp_path, open_encoder)
+    assert opened == [1, 1], "another model has prompts of its own"
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"cut short")
+    with pytest.raises(ModelUnavailable, match=r"cannot be read: .* Delete"):
+        load_concepts(spec, tmp_path, open_encoder)
+
+
+def test_what_a_model_server_holds_is_no_embedding_model(models: ModelRegistry) -> None:
+    """Given a fresh registry, as a server has it, then loading and answering load each classifier once and no more."""
+    fresh = ModelRegistry(models.settings)
+    stage = ModerationScores(models.settings, fresh)
+    stage.load()
+    stage.infer([Unit("a", StillUnit(png(photo("coffee.png")))), Unit("b", TextUnit("hello"))])
+    assert fresh.loads == {spec.identity: 1 for spec in stage.held()}
+    assert {spec.task for spec in stage.held()} == {"nudity", "nsfw", "toxicity"}
 
 
 def test_a_changed_policy_changes_the_version_and_the_decision_without_any_model(
@@ -329,6 +415,57 @@ def test_a_transformers_text_classifier_scores_each_class_on_its_own(text_checkp
     assert scorer.score(["you"])[0] == pytest.approx(one, abs=1e-5)
     assert all(0 < value < 1 for value in (*one.values(), *padded.values()))
     assert scorer.score([]) == []
+
+
+def test_a_light_text_model_looks_first_and_answers_where_it_was_sure(
+    text_checkpoint: Path, models: ModelRegistry, tmp_path: Path
+) -> None:
+    """Given a multilingual classifier behind the profanity check, then calm English is not sent on, all else is."""
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in text_checkpoint.iterdir()}
+    heavy = f"""
+[[offline.screens]]
+task = "toxicity"
+screened_by = "alt-profanity-check"
+ask_above = 0.2
+
+[[offline.toxicity]]
+name = "tiny"
+adapter = "toxicity"
+source = "file:{text_checkpoint}"
+licence = "none"
+sha256 = {{ {", ".join(f'"{name}" = "{digest}"' for name, digest in digests.items())} }}
+[offline.toxicity.parameters]
+library = "transformers"
+activation = "sigmoid"
+labels = {{ toxic = "toxicity", insult = "harassment" }}
+
+[[offline.toxicity]]
+"""
+    heavier = registry_with(models, tmp_path, "[[offline.toxicity]]", heavy)
+    stage = ModerationScores(models.settings, heavier)
+    # The last one hides its insult in a text longer than the profanity check reads at once.
+    said = [
+        ("en", "Have a nice day."),
+        ("en", "You fucking asshole."),
+        ("fr", "Bonjour."),
+        ("en", "kind words " * 90 + "fuck you"),
+    ]
+    product = run(stage, Item(tmp_path / "store", "talk", "audio").said(*said))
+    rows = [
+        (row["source"], row["model"].partition("@")[0], row["label"], row["score"] is None, row["screening"])
+        for row in product.table.to_pylist()
+    ]
+    assert [row for row in rows if row[0] == "0"] == [
+        ("0", "tiny", "harassment", True, "skipped"),
+        ("0", "tiny", "toxicity", True, "skipped"),
+        ("0", "alt-profanity-check", "profanity", False, None),
+    ]
+    assert [row for row in rows if row[0] != "0"] == [
+        (source, "tiny", label, False, "asked") for source in "123" for label in ("harassment", "toxicity")
+    ]
+    # What the light model cannot read has no score of it.
+    assert {row["screen_score"] for row in product.table.to_pylist() if row["source"] == "2"} == {None}
+    assert {name.partition("@")[0] for name in product.models or ()} == {"tiny", "alt-profanity-check"}
 
 
 def test_a_checkpoint_that_cannot_be_used_says_what_to_do(text_checkpoint: Path, tmp_path: Path) -> None:

@@ -159,15 +159,34 @@ def test_pages_of_several_items_share_a_micro_batch(desk: Desk) -> None:
     assert stage.infer(units[1:])["two/still-0"] == together["two/still-0"]
 
 
+def test_each_page_of_a_micro_batch_has_a_way_up_of_its_own(desk: Desk) -> None:
+    """Given pages that stand, lie and hang in one micro-batch, then each is read as if it were alone."""
+    page = card(("The quick brown fox", 40, 60), ("jumps over a lazy dog", 40, 140))
+    units = []
+    for at, degrees in enumerate((0, 90, 180, 270)):
+        media_id = f"item{at}"
+        desk.put_media(media_id, "image")
+        rows = [still(media_id, 0, page.rotate(degrees, expand=True), None, 0.0)]
+        desk.store.write("frames", media_id, schemas.table(schemas.FRAMES, rows))
+        (unit,) = desk.stage.prepare(Inputs(MediaItem(media_id, "file:///item", "1"), desk.store, "v1")).units
+        units.append(type(unit)(f"{media_id}/{unit.id}", unit.payload))
+    together = desk.stage.infer(units)
+    assert [together[unit.id].turn for unit in units] == [0, 3, 2, 1]
+    for unit in units:
+        assert {line.text for line in together[unit.id].lines} == {"The quick brown fox", "jumps over a lazy dog"}
+        assert desk.stage.infer([unit]) == {unit.id: together[unit.id]}
+
+
 def test_every_reader_answers_each_region_in_the_order_given(stage: OcrText) -> None:
     picture = np.asarray(card(("Upper words", 40, 40), ("Lower words", 40, 160)))
     lower, upper = (np.array([[30, top], [260, top], [260, top + 50], [30, top + 50]], np.float32) for top in (153, 33))
+    other = np.asarray(card(("Elsewhere", 40, 160)))
     for spec in stage.models.candidates("ocr"):
         reader = import_module(f"resources.models.{spec.adapter}").load(spec, stage.models.cache)
-        answers = reader.read(picture, [lower, upper])
-        assert [answer.text.strip() for answer in answers] == ["Lower words", "Upper words"], spec.name
+        answers = reader.read([(picture, lower), (other, lower), (picture, upper)])
+        assert [answer.text.strip() for answer in answers] == ["Lower words", "Elsewhere", "Upper words"], spec.name
         assert all(0.5 < answer.confidence <= 1.0 for answer in answers)
-        assert reader.read(picture, []) == ()
+        assert reader.read([]) == ()
 
 
 @pytest.mark.parametrize("kind", ["audio", "text"])
@@ -204,7 +223,7 @@ def test_sure_lines_are_read_by_the_cheap_reader_alone(desk: Desk) -> None:
 
 def test_lines_nobody_is_sure_of_go_to_the_next_reader(models: ModelRegistry, tmp_path: Path) -> None:
     """Given a threshold no reading reaches, then the champion reads every line, and rows and item say so."""
-    sceptical = CATALOGUE.read_text().replace("min_confidence = [0.6]", "min_confidence = [2.0]")
+    sceptical = CATALOGUE.read_text().replace("min_confidence = [0.8]", "min_confidence = [2.0]")
     product = Desk(routed(tmp_path, models.cache, sceptical), DerivedStore(tmp_path / "derived")).read(
         "image", [card(("Opening words", 40, 60), ("Second line below", 40, 150)).rotate(180)]
     )

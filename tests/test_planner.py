@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import dagster as dg
 import pytest
 import sqlalchemy as sa
 from dagster._core.events import StepMaterializationData
 
-from jobs.express import EXPRESS
+from jobs.express import EXPRESS, build_express_job, pools
 from jobs.planner import CAREFUL, LONG, MIXED, Costs, Planner, Tick
 from media_assets.groups import media_items
 from media_assets.versions import item_version
-from resources.errors import Failure
+from resources.errors import Failure, ModelTimeout
 from resources.library import Library
 from resources.outcomes import Claim, Cost, Status
 from resources.registry import Upload
-from resources.settings import Engine
+from resources.settings import Compute, Engine, GroupNeeds, Settings
 from resources.settings import Planner as PlannerSettings
-from sensors.planner import follow, request
+from sensors.intervals import stay_s
+from sensors.planner import build_planner_sensor, follow, request
 
 PASSING = Failure("model_failed", "The model did not answer.", retryable=True)
 PERMANENT = Failure("undecodable", "It does not decode.", retryable=False)
@@ -114,6 +117,34 @@ def test_little_work_on_an_idle_system_takes_all_groups_at_once(library: Library
         make(library, planner, group, keys)
     end(library, tick)
     assert [(batch.group, len(batch.keys)) for batch in planner.tick().batches] == [(EXPRESS, 1)]
+
+
+def test_groups_with_pools_of_their_own_are_not_run_together(library: Library) -> None:
+    """Given one more pool besides the GPU's, whose limit an express run would get around, then it is not taken."""
+    compute = Compute(groups={"decode": GroupNeeds(pool="disk")})
+    library.settings = library.settings.model_copy(update={"compute": compute})
+    (key,) = register(library, "a.jpg")
+    tick = configure(library, express_s=60).tick()
+    assert [(batch.group, batch.keys) for batch in tick.batches] == [("decode", (key,))]
+    assert "several pools: gpu, disk" in " ".join(tick.explanations)
+
+
+@pytest.mark.parametrize(
+    ("needs", "expected"),
+    [
+        ({}, ["gpu"]),
+        ({"analyse": GroupNeeds(pool="cards")}, ["cards"]),
+        ({"analyse": GroupNeeds(gpus=0)}, ["cpu"]),
+        ({"asr": GroupNeeds(stages=("transcript",), pool="asr")}, ["asr", "gpu"]),
+    ],
+    ids=["usual", "renamed", "no gpu", "split off"],
+)
+def test_an_express_run_is_in_the_pool_of_its_groups(needs: dict[str, GroupNeeds], expected: list[str]) -> None:
+    """Given pools in the settings, then the express step is in the one of the group that needs most."""
+    settings = Settings(home=Path("nowhere"), compute=Compute(groups=needs))
+    assert pools(settings) == expected
+    (step,) = build_express_job(settings).nodes_in_topological_order
+    assert step.definition.pool == expected[0]
 
 
 @pytest.mark.parametrize("names", [["film.mp4", "film2.mp4"], [f"{n}.jpg" for n in range(21)]], ids=["long", "many"])
@@ -248,6 +279,18 @@ def test_suspects_of_a_crash_go_one_at_a_time(library: Library) -> None:
     assert config["ops"]["decode"]["config"]["careful"] is True
 
 
+def test_what_shared_a_hung_call_goes_one_at_a_time(library: Library) -> None:
+    """Given two items in whose call a model hung and one it failed for, then the two are retried one at a time."""
+    planner = configure(library)
+    keys = register(library, "a.jpg", "b.jpg", "c.jpg")
+    first, second, other = keys
+    hung = Failure.of(ModelTimeout("It gave no answer."))
+    make(library, planner, "decode", keys, lambda key, _: PASSING if key == other else hung)
+    batches = planner.tick(datetime.now(UTC) + timedelta(hours=1)).batches
+    assert {batch.lane: set(batch.keys) for batch in batches} == {CAREFUL: {first, second}, "image": {other}}
+    assert "2 to retry after a hung call" in next(batch.reason for batch in batches if batch.is_careful)
+
+
 def test_a_failed_batch_backs_off(library: Library) -> None:
     """Given a batch whose run fails before any item is claimed, then its uploads wait longer each time."""
     planner = configure(library)
@@ -370,3 +413,20 @@ def test_a_claim_during_the_planners_look_is_not_hidden(library: Library) -> Non
     assert library.outcomes.reset([reset], ["audio"], finished=True) == 1
     library.backlog.settle(keys, planner.plan, read_at)
     assert {upload.media_id for upload in library.backlog.waiting(planner.plan, 10)} == {claimed, reset}
+
+
+def test_an_idle_tick_is_there_when_an_upload_comes(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given a thread for each sensor and nothing to do, when an upload is registered, then the same tick plans it."""
+    monkeypatch.setattr("sensors.intervals._STAY_S", 60.0)
+    library.settings = library.settings.model_copy(update={"partitions": "media"})
+    sensor = build_planner_sensor(library.settings, [build_express_job(library.settings)])
+    threads = {"sensors": {"use_threads": True}}
+    with dg.DagsterInstance.local_temp(str(tmp_path), overrides=threads) as instance:
+        threading.Timer(1.0, lambda: register(library, "a.jpg")).start()
+        with dg.build_sensor_context(instance=instance, resources={"media": library}) as context:
+            (asked,) = sensor.evaluate_tick(context).run_requests or ()
+    assert asked.job_name == f"process_{EXPRESS}"
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+        assert stay_s(instance) == 0

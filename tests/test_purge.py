@@ -23,17 +23,19 @@ import sqlalchemy as sa
 from PIL import Image
 from rich.console import Console
 
+from cli import evaluating
 from cli.exit_codes import Exit
 from cli.instance import open_instance
 from cli.purging import purge
 from cli.run import Work
 from cli.searching import open_views
-from evals.result import EvalResult
+from evals.result import EvalResult, NotProcessedError
 from media_assets import schemas
 from media_assets.grouping import groups
 from media_assets.groups import build_group
 from media_assets.partitions import MEDIA, add_partitions, explicit_batch_tags
 from resources.library import Library
+from resources.outcomes import EVALUATION
 from resources.records import purges
 from resources.registry import Removal, Upload, discover
 from resources.settings import Settings
@@ -372,6 +374,22 @@ def test_a_run_that_may_still_write_keeps_a_purge_from_being_complete(home: Home
     finally:
         with home.library.database.engine.begin() as connection:
             connection.execute(sa.text("delete from runs where run_id in ('living-run', 'dead-run')"))
+
+
+def test_an_evaluation_that_may_still_write_counts_as_a_run(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given an evaluation from the command line under way, then a purge names it, and is complete once it is over."""
+    media_id = put(home.library, "judged.mp3", "orchard", "9" * 64)
+    running: list[str] = []
+
+    def purges(*_: Any) -> None:
+        running.extend(home.purge(media_id, code=Exit.ITEMS_FAILED)["running"])
+        raise NotProcessedError("interrupted here")
+
+    monkeypatch.setattr(evaluating, "evaluate", purges)
+    with pytest.raises(NotProcessedError):
+        evaluating.evaluate_all(home.library, None, False, QUIET)
+    assert running == [EVALUATION]
+    assert home.purge(media_id)["running"] == []
 
 
 def test_unknown_items_and_unconfirmed_purges_change_nothing(home: Home) -> None:

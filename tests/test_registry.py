@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from resources.database import Database, StorageMismatch
 from resources.library import Library
-from resources.registry import Problem, Registry, Removal, Upload, discover, local_path, media_id, uri_of
+from resources.registry import CHANGES, Problem, Registry, Removal, Upload, discover, local_path, media_id, uri_of
 from resources.settings import Settings
 
 
@@ -156,3 +157,21 @@ def test_a_database_refuses_the_files_of_another_library(library: Library, tmp_p
     with pytest.raises(StorageMismatch, match="belong together"):
         _ = other.registry
     other.close()
+
+
+def test_a_change_is_told_to_who_listens(database: Database, tmp_path: Path) -> None:
+    """Given a listener, when something is registered or goes, then it hears it once; a repetition is no news."""
+    (tmp_path / "a.txt").write_text("a")
+    found = [entry for entry in discover([str(tmp_path)]) if isinstance(entry, Upload)]
+    registry = Registry(database)
+    with database.listening(CHANGES) as told:
+        assert not told(0)
+        registry.register(found)
+        assert told(0)
+        assert not told(0)
+        registry.register(found)
+        assert not told(0.05)
+        threading.Timer(0.1, lambda: registry.register(gone=[Removal(found[0].uri, datetime.now(UTC))])).start()
+        assert told(30)
+    with database.listening(CHANGES) as told:
+        assert not told(0)

@@ -76,7 +76,7 @@ class Toys:
 
     def ask(self, inputs: Inputs) -> dict[str, str]:
         """Who answered each input."""
-        found = self.routed.ask(inputs, self._call, lambda answer: answer[1])
+        found = self.routed.ask(inputs, self._call, lambda answer: answer[1], lambda answer: len(answer[0]))
         assert all(answered.by.name == answered.answer[0] for answered in found.values())
         return {key: answered.by.name for key, answered in found.items()}
 
@@ -97,6 +97,17 @@ def test_the_next_model_is_asked_only_where_the_first_was_not_sure(tmp_path: Pat
     assert toys.ask({"a": 0.9, "b": 0.1, "c": 0.4}) == {"a": "small", "b": "large", "c": "large"}
     assert toys.calls[-2:] == [("small", ["a", "b", "c"]), ("large", ["b", "c"])]
     assert toys.ask({}) == {}
+
+
+def test_an_answer_too_short_to_matter_is_not_asked_again(tmp_path: Path) -> None:
+    """Given an answer of five letters and a route that asks again from six on, then it stands as it is."""
+    short = Toys(registry(tmp_path, ROUTE + "min_letters = [6]\n"))
+    assert short.ask({"a": 0.1}) == {"a": "small"}
+    assert short.loads == ["small"]
+    assert Toys(registry(tmp_path, ROUTE + "min_letters = [5]\n")).ask({"a": 0.1, "b": 0.9}) == {
+        "a": "large",
+        "b": "small",
+    }
 
 
 def test_a_model_that_does_not_load_fails_unless_a_fallback_is_declared(
@@ -132,6 +143,7 @@ def test_exhausted_memory_is_left_to_the_engine(tmp_path: Path) -> None:
         (ROUTE + 'fallback = ["tiny"]\n', "unknown models: tiny"),
         (ROUTE.replace("toy", "toys"), "task toys .* unknown models: small, large.* no models"),
         (ROUTE.replace("[0.5]", "[]"), "min_confidence needs a value for every model but the last"),
+        (ROUTE + "min_letters = [3, 3]\n", "min_letters needs a value for every model but the last, or none at all"),
         (ROUTE.replace('"large"', '"small"'), "a model is named twice"),
         (ROUTE + "retries = 3\n", "route of models.toml .toy. is wrong: retries: Extra inputs"),
         (ROUTE + ROUTE, "two routes for one task"),
@@ -159,6 +171,7 @@ def test_versions_follow_whatever_may_change_who_answers_and_nothing_else(tmp_pa
         version(ROUTE),
         version(ROUTE.replace("0.5", "0.6")),
         version(ROUTE + FALLBACK),
+        version(ROUTE + "min_letters = [3]\n"),
         version("", MODELS.replace('licence = "none"', 'licence = "none"\nprecision = "fp16"')),
         version("", MODELS.replace('licence = "none"', 'licence = "none"\ncompile = true')),
     ]
@@ -207,6 +220,26 @@ def test_a_model_that_hangs_while_it_loads_holds_up_no_other(tmp_path: Path) -> 
         released.set()
         assert (first.result(), second.result()) == ("slow", "slow")
     assert set(models.loads.values()) == {1}
+
+
+def test_entries_that_differ_in_how_they_ask_share_a_network(tmp_path: Path) -> None:
+    """Given entries with the same weights, then they share what lies in memory unless precision or device differ."""
+    spec = ModelSpec(task="toy", name="small", adapter="toy", source="file:/nowhere", licence="none")
+    greedy = spec.model_copy(update={"name": "greedy", "parameters": {"beam_size": 1}})
+    others = [
+        spec.model_copy(update=change)
+        for change in (
+            {"precision": "int8"},
+            {"parameters": {"device": "cuda"}},
+            {"sha256": {"model.bin": "0" * 64}},
+            {"source": "file:/elsewhere"},
+            {"compile": True},
+        )
+    ]
+    models = registry(tmp_path, "")
+    assert models.shared(spec, object) is models.shared(greedy, object)
+    assert len({id(models.shared(other, object)) for other in (spec, *others)}) == 1 + len(others)
+    assert list(models.loads.values()) == [1] * (1 + len(others))
 
 
 @pytest.mark.parametrize("task", ["vad", "ocr_detector", "nudity", "nsfw", "toxicity", "shots", "embedding"])

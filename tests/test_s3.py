@@ -23,6 +23,7 @@ from media_assets.frames import Frames
 from media_assets.index_shard import build
 from media_assets.media import Media
 from media_assets.stage import Inputs, MediaItem
+from resources.database import Database
 from resources.decoding.client import decoder
 from resources.decoding.sources import RemoteFile, localize
 from resources.errors import Failure, SourceChanged, StorageFailed, TooLarge, Unreadable
@@ -30,14 +31,17 @@ from resources.inventory import Cursor, Inventory, Report
 from resources.library import Library
 from resources.models.registry import ModelRegistry
 from resources.object_store import location
+from resources.outcomes import Status
 from resources.registry import Problem, Registry, Removal, Upload, discover
 from resources.settings import S3, Ingestion, Limits, Settings
 from resources.storage import DerivedStore
 from sensors.s3_inventory import build_s3_inventory_sensor
 from tests import s3_server
 from tests.s3_server import Proxy
+from tests.test_engine import Bench, by_key, items
 from tests.test_index_shard import RECALL, serving
 from tests.test_index_shard import library as embed
+from tests.toy_stages import Numbers
 
 SAMPLES = Path(__file__).parents[1] / "samples" / "media"
 MIB = 2**20
@@ -127,6 +131,26 @@ def test_a_damaged_upload_is_refused(s3: S3, bucket: str, watched: Proxy) -> Non
         store.write_bytes(store.root / "file", b"all good things")
     watched.meddle = None
     assert not (store.root / "file").exists()
+
+
+def test_a_full_store_sets_back_the_item_and_not_the_batch(
+    s3: S3, bucket: str, watched: Proxy, database: Database, tmp_path: Path
+) -> None:
+    """Given a store without space for one item, of which nothing is to be made for another, then both wait for a retry
+    with the store's answer, the rest is done, and a later run makes them."""
+    bench = Bench(database, tmp_path)
+    bench.store = DerivedStore(location(f"s3://{bucket}/d", s3), s3.part_bytes)
+    batch = items("a", "b", "photo-b", "c")
+    watched.meddle = lambda method, path, body: 507 if method == "PUT" and "b.parquet" in path else body
+    results = by_key(bench.run(batch, bench.stages(kinds=[Numbers])))
+    watched.meddle = None
+    assert {media_id for (media_id, _), result in results.items() if not result.done} == {"b", "photo-b"}
+    for name in ("b", "photo-b"):
+        outcome = results[name, "numbers"].outcome
+        assert (outcome.status, outcome.error_class) == (Status.RETRYABLE, "storage_failed")
+        assert "507" in (outcome.error or "")
+        assert f"{bucket}/d/numbers/{name}.parquet" in (outcome.error or "")
+    assert all(result.done for result in bench.run(batch, bench.stages(kinds=[Numbers]), "later"))
 
 
 def test_a_store_that_keeps_something_else_is_found_out(s3: S3, bucket: str, watched: Proxy, put: Any) -> None:

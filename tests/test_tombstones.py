@@ -213,6 +213,7 @@ def test_a_quiet_library_is_not_read_again(
     library: Library, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Given a rebuilt library, when nothing happened, then two index lookups say so; what changes is noticed."""
+    assert not library_changed(library)  # nothing was ever worked on
     put(library, "tram.mp3", "tram")
     assert library_changed(library)
     assert rebuild(library, instance)

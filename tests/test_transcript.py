@@ -433,3 +433,9 @@ def test_unsure_stretches_are_heard_again_and_rows_name_who_answered(
         assert "over the lazy dog" in text_of(product)
         assert {row.partition("@")[0] for row in product.table["model"].to_pylist()} == {name}
         assert [answered.partition("@")[0] for answered in product.models or ()] == [name, "silero-vad-v6"]
+    assert {name.partition("@")[0]: count for name, count in registry.loads.items()} == {
+        "silero-vad-v6": 1,
+        "network": 1,
+        "whisper-base-short": 1,
+        "whisper-base": 1,
+    }, "both ways to ask hold the same weights once"

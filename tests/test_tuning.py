@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import typer
 from rich.console import Console
 
 from cli.tuning import tune
+from media_assets.grouping import groups
 from media_assets.stage import Unit
 from media_assets.tuning import LARGEST, NothingToTune, best_of, sample, trials
 from resources.errors import Failure
@@ -115,3 +118,26 @@ def test_the_command_names_unknown_tasks_and_what_is_missing(library: Library) -
         tune(library, ["speech"], 10, console)
     with pytest.raises(NothingToTune, match="No media in this library give transcript anything to do"):
         tune(library, ["asr"], 10, console)
+
+
+def test_a_stage_that_cannot_be_tuned_does_not_stop_the_others(
+    library: Library, toys: ModelRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given all stages and media for one alone, then that one is tuned and the others are said; with none, it fails."""
+    said = io.StringIO()
+    group = groups(library.settings)[0]
+    stages = [Device(1, 1, 1).stage(toys), Device(0.1, 0.001, 10_000).stage(toys)]
+    monkeypatch.setattr(type(stages[1]), "name", "second")
+    monkeypatch.setattr("media_assets.grouping.groups", lambda _settings: [group])
+    monkeypatch.setattr(type(group), "load", lambda *_: stages)
+    monkeypatch.setattr("media_assets.tuning.sample", lambda _library, stage: UNITS if stage is stages[1] else _none())
+    (found,) = tune(library, [], 10, Console(file=said))
+    assert found["asset"] == "second"
+    assert "is not tuned: nothing here" in said.getvalue()
+    monkeypatch.setattr("media_assets.tuning.sample", lambda *_: _none())
+    with pytest.raises(NothingToTune, match="No stage could be tuned"):
+        tune(library, [], 10, Console(file=said))
+
+
+def _none() -> NoReturn:
+    raise NothingToTune("nothing here")

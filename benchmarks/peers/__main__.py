@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
+import psutil  # type: ignore[import-untyped]
 import pyarrow.parquet as pq
 from PIL import Image
 
@@ -147,7 +147,7 @@ class Outcome:
     @property
     def work_s(self) -> float:
         """From the first logged call's start to the last one's end."""
-        return max(call["end_s"] for call in self.calls) - min(call["start_s"] for call in self.calls)
+        return float(max(call["end_s"] for call in self.calls) - min(call["start_s"] for call in self.calls))
 
     @property
     def done(self) -> Counter[str]:
@@ -276,7 +276,7 @@ class Watch(threading.Thread):
 
 
 def _descendants() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
+    return list(psutil.Process().children(recursive=True))
 
 
 # -- throughput -------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from benchmarks.peers.work import TASKS, Worker
 
 def run(chosen: Options) -> None:
     """Run the pipeline on Daft's own runner; with `tolerant`, rows of a batch that fails are null."""
-    import daft
+    import daft  # type: ignore[import-not-found]
 
     task = TASKS[chosen.task]
 
@@ -25,7 +25,9 @@ def run(chosen: Options) -> None:
         def __init__(self) -> None:
             self.worker = Worker(chosen.task, chosen.home, chosen.threads, chosen.events)
 
-        @daft.method.batch(return_dtype=daft.DataType.from_arrow_type(task.answer), batch_size=task.batch, unnest=True)
+        @daft.method.batch(  # type: ignore[untyped-decorator]
+            return_dtype=daft.DataType.from_arrow_type(task.answer), batch_size=task.batch, unnest=True
+        )
         def answer(self, path: daft.Series, data: daft.Series) -> Any:
             return pa.array(self.worker(path.to_pylist(), data.to_pylist()), task.answer)
 

@@ -38,7 +38,8 @@ CLAIMED_AGAIN = "select count(*) from outcomes where claim > 1"
 def without_texts() -> None:
     """Let `embeddings` need no assets beside `media` and `frames`; those it misses are empty tables."""
     prepare = Embeddings.prepare
-    there = Embeddings.inputs = ("media", "frames")
+    there = ("media", "frames")
+    Embeddings.inputs = there  # type: ignore[assignment]
 
     def prepared(self: Embeddings, inputs: Inputs) -> Prepared[Any]:
         read = inputs.table

@@ -67,7 +67,7 @@ class Speech:
         # The adapter takes every core, which two workers beside each other must not.
         whisper._usable_cpus = lambda: threads
         spec = models.spec("asr", "whisper-base")
-        self._recogniser = whisper.WhisperRecogniser(spec, models.cache)
+        self._recogniser = whisper.WhisperRecogniser(spec, whisper.load_network(spec, models.cache))
         self._detector = SpeechDetector(models.spec("vad"), models.cache)
         self._parameters = whisper.WhisperParameters(**spec.parameters)
 
@@ -79,17 +79,20 @@ class Speech:
         from resources.models.vad import SAMPLE_RATE, merge
         from resources.models.whisper import FULL_SCALE, Stretch
 
-        stretches: dict[tuple[int, int], Stretch] = {}
+        stretches: dict[str, Stretch] = {}
+        owners: dict[str, int] = {}
         for number, data in enumerate(files):
             pcm = decode_audio(io.BytesIO(data), sampling_rate=SAMPLE_RATE)
             spans = merge(self._detector.speech(pcm), self._parameters.chunk_s, self._parameters.max_pause_s)
             samples = [np.rint(pcm[span.start : span.end] * (FULL_SCALE - 1)).astype(np.int16) for span in spans]
-            stretches |= {(number, at): Stretch(part, samples[0]) for at, part in enumerate(samples)}
+            found = {f"{number}/{at}": Stretch(part, samples[0]) for at, part in enumerate(samples)}
+            stretches |= found
+            owners |= dict.fromkeys(found, number)
         keys = list(stretches)
         heard: dict[Any, Any] = {}
         for first in range(0, len(keys), STRETCHES):
             heard |= self._recogniser.transcribe({key: stretches[key] for key in keys[first : first + STRETCHES]})
-        texts = [" ".join(heard[key].text for key in keys if key[0] == number) for number in range(len(files))]
+        texts = [" ".join(heard[key].text for key in keys if owners[key] == number) for number in range(len(files))]
         return [{"text": text.strip()} for text in texts]
 
 

@@ -28,8 +28,10 @@ from resources.decoding.protocol import (
     encode,
 )
 from resources.errors import DecoderCrashed, DecodeTimeout, MediaError
+from resources.heartbeat import beat
 
 START_TIMEOUT_S = 120.0
+LISTEN_S = 1.0
 RECYCLE_FILES = 500
 RECYCLE_RSS_BYTES = 768 * 2**20
 READ_BYTES = 1 << 20
@@ -77,7 +79,9 @@ class DecoderPool:
         the request. Leaving the iterator early kills the worker. Raises DecoderCrashed when it dies or breaks
         the protocol, DecodeTimeout when it is silent or over budget; a new one then takes its place.
         """
-        with self._slots:
+        while not self._slots.acquire(timeout=LISTEN_S):
+            beat()  # those at work have limits of their own
+        try:
             process = self._take()
             finished = False
             try:
@@ -88,6 +92,8 @@ class DecoderPool:
                     yield message
             finally:
                 self._give_back(process, keep=finished and not process.worn)
+        finally:
+            self._slots.release()
 
     def pids(self) -> tuple[int, ...]:
         """Process IDs of the idle workers."""
@@ -254,7 +260,8 @@ class _Process:
     def _read(self, size: int, deadline: Callable[[], float]) -> bytes:
         while len(self._buffer) < size:
             wait_s = deadline() - time.monotonic()
-            if wait_s <= 0 or not self._selector.select(wait_s):
+            beat()
+            if wait_s <= 0 or not self._selector.select(min(wait_s, LISTEN_S)):
                 if deadline() > time.monotonic():
                     continue
                 raise DecodeTimeout("Decoding the file made no progress in the time it is given.")

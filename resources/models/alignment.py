@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
+from resources import devices
 from resources.errors import ModelUnavailable
 from resources.models.registry import ModelSpec
 from resources.models.weights import locate
@@ -39,7 +40,6 @@ class WordAligner:
             raise ModelUnavailable(f"Model {spec.name} has no config.json.", "Name a wav2vec2 CTC checkpoint.")
         try:
             import nltk  # type: ignore[import-untyped]
-            import torch
             from whisperx.alignment import align, load_align_model
         except ImportError as error:
             raise ModelUnavailable("Alignment needs whisperx.", "Install it: pip install whisperx") from error
@@ -49,17 +49,13 @@ class WordAligner:
             raise ModelUnavailable(
                 "Alignment needs NLTK's punkt_tab data.", "Run once: python -m nltk.downloader punkt_tab"
             ) from error
-        chosen = self.parameters.device
-        self.device = ("cuda" if torch.cuda.is_available() else "cpu") if chosen == "auto" else chosen
-        try:
-            self._model, self._metadata = load_align_model(
-                self.parameters.language,
-                self.device,
-                model_name=str(weights["config.json"].parent),
-                model_cache_only=True,
-            )
-        except (ValueError, OSError, RuntimeError) as error:
-            raise ModelUnavailable(f"Model {spec.name} does not load.", "Check its weights and the device.") from error
+        self.device = devices.for_torch(self.parameters.device)
+        self._model, self._metadata = load_align_model(
+            self.parameters.language,
+            self.device,
+            model_name=str(weights["config.json"].parent),
+            model_cache_only=True,
+        )
         self._align = align
 
     def align(self, samples: npt.NDArray[np.int16], recognised: Recognised) -> Recognised:

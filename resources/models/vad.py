@@ -11,6 +11,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
 from resources.errors import ModelUnavailable
+from resources.heartbeat import beat
 from resources.models.registry import ModelSpec
 from resources.models.weights import locate
 
@@ -65,6 +66,7 @@ class SpeechDetector:
         """Stretches of speech in `pcm` (float32 [samples], -1..1, 16 kHz mono), in order, disjoint."""
         spans: list[Span] = []
         for start in range(0, len(pcm), BLOCK_S * SAMPLE_RATE):
+            beat()
             block = pcm[start : start + BLOCK_S * SAMPLE_RATE]
             spans += [
                 Span(start + found["start"], start + found["end"]) for found in self._detect(block, self._options)

@@ -106,6 +106,40 @@ class _Hypothesis:
     compression: float
 
 
+@dataclass(frozen=True, slots=True)
+class WhisperNetwork:
+    """A loaded checkpoint (faster_whisper.WhisperModel), and where it runs: cuda or cpu."""
+
+    model: Any
+    device: str
+
+
+def load_network(spec: ModelSpec, cache: Path) -> WhisperNetwork:
+    """Verified weights on cuda where present, else on the CPU in int8. Raises ModelUnavailable."""
+    spec.require("fp32", "fp16", "bf16", "int8")
+    wanted = WhisperParameters(**spec.parameters).device
+    weights = locate(spec, cache)
+    if "model.bin" not in weights:
+        raise ModelUnavailable(f"Model {spec.name} has no model.bin.", "Name a CTranslate2 Whisper checkpoint.")
+    try:
+        import ctranslate2
+        from faster_whisper import WhisperModel
+    except ImportError as error:
+        raise ModelUnavailable("Speech recognition needs faster-whisper.", "pip install whisperx") from error
+    cuda = wanted != "cpu" and ctranslate2.get_cuda_device_count() > 0
+    if wanted == "cuda" and not cuda:
+        raise ModelUnavailable(f"Model {spec.name} wants a GPU, there is none.", 'Set its device to "auto".')
+    device = "cuda" if cuda else "cpu"
+    model = WhisperModel(
+        str(weights["model.bin"].parent),
+        device=device,
+        compute_type=_compute_type(spec.precision, cuda),
+        cpu_threads=_usable_cpus(),
+        local_files_only=True,
+    )
+    return WhisperNetwork(model, device)
+
+
 class WhisperRecogniser:
     """Whisper (https://arxiv.org/abs/2212.04356) through faster-whisper, the engine under WhisperX.
 
@@ -113,32 +147,11 @@ class WhisperRecogniser:
     was trained on windows of 30 s; with `window_step_s` it gets shorter ones, which cost what they last.
     """
 
-    def __init__(self, spec: ModelSpec, cache: Path) -> None:
-        """Loads verified weights on cuda where present, else on the CPU in int8. Raises ModelUnavailable."""
-        spec.require("fp32", "fp16", "bf16", "int8")
+    def __init__(self, spec: ModelSpec, network: WhisperNetwork) -> None:
+        """Asks `network`, which others may hold too, as the parameters of `spec` say."""
         self.parameters = WhisperParameters(**spec.parameters)
-        weights = locate(spec, cache)
-        if "model.bin" not in weights:
-            raise ModelUnavailable(f"Model {spec.name} has no model.bin.", "Name a CTranslate2 Whisper checkpoint.")
-        try:
-            import ctranslate2
-            from faster_whisper import WhisperModel
-        except ImportError as error:
-            raise ModelUnavailable("Speech recognition needs faster-whisper.", "pip install whisperx") from error
-        cuda = self.parameters.device != "cpu" and ctranslate2.get_cuda_device_count() > 0
-        if self.parameters.device == "cuda" and not cuda:
-            raise ModelUnavailable(f"Model {spec.name} wants a GPU, there is none.", 'Set its device to "auto".')
-        self.device = "cuda" if cuda else "cpu"
-        try:
-            self._model = WhisperModel(
-                str(weights["model.bin"].parent),
-                device=self.device,
-                compute_type=_compute_type(spec.precision, cuda),
-                cpu_threads=_usable_cpus(),
-                local_files_only=True,
-            )
-        except (RuntimeError, ValueError, OSError) as error:
-            raise ModelUnavailable(f"Model {spec.name} does not load: {error}.", "Check the weights.") from error
+        self.device = network.device
+        self._model = network.model
         self._tokenizer = memoised(self._make_tokenizer)
 
     def transcribe(self, stretches: Mapping[str, Stretch]) -> dict[str, Recognised]:

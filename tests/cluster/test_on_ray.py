@@ -85,8 +85,12 @@ def test_steps_go_where_their_tags_say_and_outlive_their_node(
 
 
 @pytest.mark.usefixtures("folder")
-def test_a_step_no_node_can_take_fails_the_run_with_both_amounts(instance: dg.DagsterInstance) -> None:
-    """Given a step for eight GPUs, then the run ends at once and says what was asked and what there is."""
+def test_a_step_no_node_can_take_fails_the_run_with_both_amounts(
+    cluster: Cluster, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given a step for eight GPUs and the address of the GCS, then the run ends at once and says what was asked and
+    what there is."""
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
     assert "has 1 CPU and 8 GPU and" in failure(run(ray_job.oversized, instance))
 
 

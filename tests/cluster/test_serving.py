@@ -246,10 +246,10 @@ def test_a_search_asks_the_warm_model(bench: Bench, models: ModelRegistry, model
     """Given the embedding model on the cluster, then queries have the vectors that the model gives here."""
     (bench.home / "models").symlink_to(model_home / "models")
     library = Library(bench.settings())
-    encode = text_encoder(library)
+    encode = text_encoder(library.settings, library.models)
     spec = models.spec("embedding")
     here = models.loaded(spec, lambda: OpenClip(spec, models.cache)).encode_texts(["a red car", "rain"])
     np.testing.assert_allclose(encode(["a red car", "rain"]), here, atol=1e-5)
-    text_encoder(library)(["a tram"])
+    text_encoder(library.settings, library.models)(["a tram"])
     assert list(bench.servers()["embeddings"].loads.values()) == [1]
     assert library.models.loads == {}
