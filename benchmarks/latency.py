@@ -30,6 +30,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from cli.searching import open_search
+from media_assets.groups import LOADED_TAG
 from resources.errors import MediaError
 from resources.library import Library
 from resources.settings import Settings
@@ -102,6 +103,8 @@ def timeline(library: Library, media_id: str, start: float) -> dict[str, float]:
             if ended is not None:
                 told[f"{name} run ended"] = round(ended - start, 2)
         tell("stages, seconds of work", "select sum(seconds) from outcomes where media_id = :id")
+        loaded = f"select sum(value::int) from run_tags where key = '{LOADED_TAG}' and run_id in ({run_ids})"
+        tell("models loaded", loaded)
     return told
 
 

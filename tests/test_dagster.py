@@ -361,7 +361,8 @@ def test_a_run_of_the_command_line_that_was_killed_is_found(dev: Dev, folder: Pa
     Image.open(folder / "a_photo.jpg").rotate(90).save(photo)
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("MEDIA_", "DAGSTER_"))}
     command = [sys.executable, "-m", "cli.main", "run", str(photo), "--home", str(dev.home), "--select", "media"]
-    query = """{runsOrError(filter: {tags: [{key: "media/host", value: "%s"}]}) {... on Runs {results {runId jobName}}}}"""
+    query = """{runsOrError(filter: {tags: [{key: "media/host", value: "%s"}]})
+        {... on Runs {results {runId jobName}}}}"""
 
     def of_this_machine() -> set[str]:
         runs = dev.graphql(query % socket.gethostname())["runsOrError"]["results"]
