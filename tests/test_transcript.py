@@ -27,7 +27,7 @@ from resources.models.alignment import WordAligner
 from resources.models.diarization import Turn, speaker_of
 from resources.models.registry import CATALOGUE, ModelRegistry, ModelSpec
 from resources.models.vad import SAMPLE_RATE, Span, merge
-from resources.models.whisper import Recognised, Stretch, Word
+from resources.models.whisper import Recognised, Stretch, Word, _parts
 from resources.settings import Settings
 from resources.storage import DerivedStore
 
@@ -439,3 +439,11 @@ def test_unsure_stretches_are_heard_again_and_rows_name_who_answered(
         "whisper-base-short": 1,
         "whisper-base": 1,
     }, "both ways to ask hold the same weights once"
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(1, [5]), (2, [3, 2]), (4, [2, 2, 1]), (8, [1] * 5)])
+def test_stretches_are_shared_out_among_workers(count: int, sizes: list[int]) -> None:
+    """Given stretches and workers, then each stretch is in one part, in order, and there are no more parts than workers."""
+    parts = [list(part) for part in _parts("abcde", count)]
+    assert "".join(key for part in parts for key in part) == "abcde"
+    assert [len(part) for part in parts] == sizes

@@ -84,7 +84,8 @@ class Speech:
         for number, data in enumerate(files):
             pcm = decode_audio(io.BytesIO(data), sampling_rate=SAMPLE_RATE)
             spans = merge(self._detector.speech(pcm), self._parameters.chunk_s, self._parameters.max_pause_s)
-            samples = [np.rint(pcm[span.start : span.end] * (FULL_SCALE - 1)).astype(np.int16) for span in spans]
+            # The samples as the file has them: read as int16 and divided by as much.
+            samples = [np.rint(pcm[span.start : span.end] * FULL_SCALE).astype(np.int16) for span in spans]
             found = {f"{number}/{at}": Stretch(part, samples[0]) for at, part in enumerate(samples)}
             stretches |= found
             owners |= dict.fromkeys(found, number)

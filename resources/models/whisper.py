@@ -6,7 +6,8 @@ import hashlib
 import math
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache as memoised
 from pathlib import Path
@@ -24,6 +25,8 @@ SAMPLE_RATE = 16_000
 WINDOW_S = 30
 FRAMES_PER_S = 100
 FULL_SCALE = 32_768
+WORKERS = 4
+"""Batches that a CPU computes at once, at most: several, each on its share of the cores, beat one on all of them."""
 PREPENDED = "\"'“¿([{-"
 APPENDED = "\"'.。,，!！?？:：”)]}、"
 ISO_639_1 = {"jw": "jv"}  # the one code of Whisper that is not the language's current one
@@ -108,10 +111,11 @@ class _Hypothesis:
 
 @dataclass(frozen=True, slots=True)
 class WhisperNetwork:
-    """A loaded checkpoint (faster_whisper.WhisperModel), and where it runs: cuda or cpu."""
+    """A loaded checkpoint (faster_whisper.WhisperModel), where it runs (cuda or cpu), and how many calls at once."""
 
     model: Any
     device: str
+    workers: int
 
 
 def load_network(spec: ModelSpec, cache: Path) -> WhisperNetwork:
@@ -130,14 +134,17 @@ def load_network(spec: ModelSpec, cache: Path) -> WhisperNetwork:
     if wanted == "cuda" and not cuda:
         raise ModelUnavailable(f"Model {spec.name} wants a GPU, there is none.", 'Set its device to "auto".')
     device = "cuda" if cuda else "cpu"
+    cpus = _usable_cpus()
+    workers = 1 if cuda else min(cpus, WORKERS)
     model = WhisperModel(
         str(weights["model.bin"].parent),
         device=device,
         compute_type=_compute_type(spec.precision, cuda),
-        cpu_threads=_usable_cpus(),
+        cpu_threads=cpus // workers,
+        num_workers=workers,
         local_files_only=True,
     )
-    return WhisperNetwork(model, device)
+    return WhisperNetwork(model, device, workers)
 
 
 class WhisperRecogniser:
@@ -152,6 +159,7 @@ class WhisperRecogniser:
         self.parameters = WhisperParameters(**spec.parameters)
         self.device = network.device
         self._model = network.model
+        self._workers = network.workers
         self._tokenizer = memoised(self._make_tokenizer)
 
     def transcribe(self, stretches: Mapping[str, Stretch]) -> dict[str, Recognised]:
@@ -166,10 +174,20 @@ class WhisperRecogniser:
             if not 0 < len(stretches[key].samples) <= WINDOW_S * SAMPLE_RATE:
                 raise ModelFailed(f"A stretch of speech has {len(stretches[key].samples)} samples.", "Report this.")
         languages: dict[bytes, str] = {}
-        answers: dict[str, Recognised] = {}
-        for frames, members in self._windows(stretches).items():
-            answers |= self._transcribe({key: stretches[key] for key in members}, frames, languages)
-        return answers
+        batches = [
+            (frames, part)
+            for frames, members in self._windows(stretches).items()
+            for part in _parts(members, self._workers)
+        ]
+
+        batches.sort(key=lambda batch: -batch[0] * len(batch[1]))  # the costliest first, so that all end together
+
+        def transcribed(batch: tuple[int, Sequence[str]]) -> dict[str, Recognised]:
+            frames, part = batch
+            return self._transcribe({key: stretches[key] for key in part}, frames, languages)
+
+        with ThreadPoolExecutor(self._workers, "whisper") as pool:
+            return {key: answer for answers in pool.map(transcribed, batches) for key, answer in answers.items()}
 
     def _windows(self, stretches: Mapping[str, Stretch]) -> dict[int, list[str]]:
         """Keys of the stretches by the length of their window, frames."""
@@ -354,6 +372,12 @@ def _storage(rows: npt.NDArray[Any]) -> Any:
 
 def _fingerprint(samples: npt.NDArray[np.int16]) -> bytes:
     return hashlib.blake2b(np.ascontiguousarray(samples).data, digest_size=16).digest()
+
+
+def _parts(keys: Sequence[str], count: int) -> Iterator[Sequence[str]]:
+    """`keys` in at most `count` runs of about the same length: stretches of one recording share their probe."""
+    size = -(-len(keys) // count)
+    return (keys[start : start + size] for start in range(0, len(keys), size))
 
 
 def _usable_cpus() -> int:
