@@ -443,7 +443,7 @@ def test_unsure_stretches_are_heard_again_and_rows_name_who_answered(
 
 @pytest.mark.parametrize(("count", "sizes"), [(1, [5]), (2, [3, 2]), (4, [2, 2, 1]), (8, [1] * 5)])
 def test_stretches_are_shared_out_among_workers(count: int, sizes: list[int]) -> None:
-    """Given stretches and workers, then each stretch is in one part, in order, and there are no more parts than workers."""
+    """Given stretches and workers, then each is in one part, in order, and no worker gets two parts."""
     parts = [list(part) for part in _parts("abcde", count)]
     assert "".join(key for part in parts for key in part) == "abcde"
     assert [len(part) for part in parts] == sizes
