@@ -7,6 +7,9 @@ with events, so no lock guards the state machine. Per item and stage:
     inputs settled ─▶ reused | held | busy | blocked | withdrawn (nothing runs)
                    ─▶ claimed ─▶ copied from a twin with the same version
                               ─▶ prepare ─▶ infer* ─▶ assemble and write ─▶ outcome committed ─▶ yielded
+
+Whatever has finished by the time the coordinator looks is committed in one statement, and what that makes possible is
+claimed in one: none waits for others, and many small items cost few round trips.
 """
 
 from __future__ import annotations
@@ -36,7 +39,18 @@ from resources.errors import (
 from resources.faults import fault
 from resources.heartbeat import Pulse
 from resources.models.registry import waited_s
-from resources.outcomes import Claim, Cost, LostClaim, Outcome, OutcomeStore, Status, Withdrawn
+from resources.outcomes import (
+    Claim,
+    Cost,
+    Ending,
+    LostClaim,
+    Outcome,
+    OutcomeStore,
+    Status,
+    Withdrawn,
+    failed,
+    succeeded,
+)
 from resources.settings import Settings
 from resources.storage import DerivedStore
 
@@ -121,6 +135,9 @@ class Executor(Protocol):
     def next(self) -> Event:
         """The next finished call; blocks."""
 
+    def finished(self) -> Iterator[Event]:
+        """Calls that have finished by now; does not block."""
+
     def close(self) -> None:
         """Stop; calls not started are dropped."""
 
@@ -157,6 +174,10 @@ class Serial:
         if isinstance(event.error, KeyboardInterrupt):
             raise event.error
         return event
+
+    def finished(self) -> Iterator[Event]:
+        """None: a call runs when it is waited for."""
+        return iter(())
 
     def close(self) -> None:
         """Drop what is queued."""
@@ -260,6 +281,12 @@ class Threads:
                 if (overdue := lane.abandon()) is not None:
                     self.hung += 1
                     return overdue
+
+    def finished(self) -> Iterator[Event]:
+        """Answers that are there."""
+        with suppress(Empty):
+            while True:
+                yield self._events.get_nowait()
 
     def close(self) -> None:
         """Wait for running calls; drop the others."""
@@ -392,7 +419,9 @@ class _Batch:
         self.hangs = Counter[str]()
         self.given_up: dict[str, Failure] = {}
         self.leaders: dict[tuple[str, str], tuple[Task, list[Task]]] = {}
+        self.claiming: list[Task] = []
         self.claimed: dict[tuple[str, str], Claim] = {}
+        self.ending: list[tuple[Task, How, Ending, Product | None]] = []
         self.previews = Counter[str]()
         self.working = self.inferring = self.unanswered = 0
         self.settled: deque[Result] = deque()
@@ -417,6 +446,10 @@ class _Batch:
                     continue
                 raise RuntimeError("the batch engine has items in flight but nothing to do")
             self._handle(self.executor.next())
+            for event in self.executor.finished():
+                self._handle(event)
+            self._dispatch()
+            self._record()
             self.report(self.progress)
 
     def close(self) -> None:
@@ -436,6 +469,12 @@ class _Batch:
     def _advance(self) -> None:
         while self._can_admit() and self._has_room():
             self._admit(self.waiting.popleft())
+        self._record()
+        self._dispatch()
+        self._record()  # of a stage that was given up, a task fails instead of being handed on
+
+    def _dispatch(self) -> None:
+        """Keep the background threads busy."""
         while self.ready and self.working <= self.settings.prepare_threads and self._has_room():
             self._prepare(self.ready.popleft())
         while self.inferring < LANE_DEPTH and (name := self._fullest()) is not None:
@@ -488,21 +527,24 @@ class _Batch:
             self.leaders[key][1].append(task)
             return
         self.leaders[key] = (task, [])
-        self._claim(task)
+        self.claiming.append(task)
 
-    def _claim(self, task: Task) -> None:
-        try:
-            claim = self.outcomes.claim(task.media_id, task.stage.name, task.version, self.run_id, self.alive)
-        except Withdrawn as error:
-            self._withdraw(task, error)
-            return
-        except LostClaim:
-            self._busy(task)
-            return
-        if isinstance(claim, Outcome):
-            how = How.REUSED if claim.status.done else How.BUSY if claim.status is Status.RUNNING else How.HELD
-            self._settle(task, how, claim)
-            return
+    def _claim(self) -> None:
+        """Claim what waits for it."""
+        tasks, self.claiming = self.claiming, []
+        wanted = [(task.media_id, task.stage.name, task.version) for task in tasks]
+        for task, answer in zip(tasks, self.outcomes.claim_many(wanted, self.run_id, self.alive), strict=True):
+            if isinstance(answer, Withdrawn):
+                self._withdraw(task, answer)
+            elif isinstance(answer, LostClaim):
+                self._busy(task)
+            elif isinstance(answer, Outcome):
+                held = How.BUSY if answer.status is Status.RUNNING else How.HELD
+                self._settle(task, How.REUSED if answer.status.done else held, answer)
+            else:
+                self._begin(task, answer)
+
+    def _begin(self, task: Task, claim: Claim) -> None:
         task.claim = claim
         self.claimed[task.media_id, task.stage.name] = claim
         wants = self.previews[task.stage.name] < self.settings.previews_per_run
@@ -695,7 +737,7 @@ class _Batch:
             return
         product, written = event.value
         cost = self._cost(task, product.table.num_rows, written, product.models)
-        self._commit(task, How.COMPUTED, Status.OK, product.content or task.version, cost, product)
+        self._succeed(task, How.COMPUTED, Status.OK, product.content or task.version, cost, product)
 
     def _copied(self, event: Event, task: Task, twin: str) -> None:
         self.working -= 1
@@ -708,7 +750,7 @@ class _Batch:
             return
         written, rows = event.value
         cost = replace(self._cost(task, rows=rows, bytes_out=written), copied_from=twin)
-        self._commit(task, How.COPIED, Status.OK, task.version, cost, None)
+        self._succeed(task, How.COPIED, Status.OK, task.version, cost, None)
 
     def _not_applicable(self, task: Task, reason: str) -> None:
         empty = Product(
@@ -725,7 +767,7 @@ class _Batch:
             self._fail(task, self._failure_of(task, event.error, "The writing of its output"))
             return
         cost = self._cost(task, bytes_out=event.value)
-        self._commit(task, How.COMPUTED, Status.NOT_APPLICABLE, task.version, cost, empty, reason)
+        self._succeed(task, How.COMPUTED, Status.NOT_APPLICABLE, task.version, cost, empty, reason)
 
     # -- outcomes -------------------------------------------------------------------------------------
 
@@ -735,7 +777,7 @@ class _Batch:
         device = task.stage.answered_on(task.media_id) or (self.device if models else "cpu")
         return Cost(task.seconds, task.units, rows, bytes_out, device, models)
 
-    def _commit(
+    def _succeed(
         self,
         task: Task,
         how: How,
@@ -746,29 +788,34 @@ class _Batch:
         note: str | None = None,
     ) -> None:
         assert task.claim is not None
-        fault("engine.before_commit")
-        try:
-            outcome = self.outcomes.succeed(task.claim, status, content, cost, note)
-        except Withdrawn as error:
-            self._withdraw(task, error)
-            return
-        except LostClaim:
-            self._busy(task)
-            return
-        fault("engine.after_commit")
-        self._settle(task, how, outcome, product)
+        self.ending.append((task, how, succeeded(task.claim, status, content, cost, note), product))
 
     def _fail(self, task: Task, failure: Failure) -> None:
         assert task.claim is not None
-        try:
-            outcome = self.outcomes.fail(task.claim, failure, self._cost(task))
-        except Withdrawn as error:
-            self._withdraw(task, error)
-            return
-        except LostClaim:
-            self._busy(task)
-            return
-        self._settle(task, How.COMPUTED, outcome)
+        self.ending.append((task, How.COMPUTED, failed(task.claim, failure, self._cost(task), self.settings), None))
+
+    def _record(self) -> None:
+        """Write down what has ended and claim what is to begin, until nothing follows from it."""
+        while self.ending or self.claiming:
+            if self.ending:
+                self._end()
+            else:
+                self._claim()
+
+    def _end(self) -> None:
+        """Commit what has ended."""
+        ending, self.ending = self.ending, []
+        for _ in ending:
+            fault("engine.before_commit")
+        answers = self.outcomes.end([entry for _, _, entry, _ in ending])
+        for (task, how, _, product), answer in zip(ending, answers, strict=True):
+            if isinstance(answer, Withdrawn):
+                self._withdraw(task, answer)
+            elif isinstance(answer, LostClaim):
+                self._busy(task)
+            else:
+                fault("engine.after_commit")
+                self._settle(task, how, answer, product)
 
     def _settle(self, task: Task, how: How, outcome: Outcome, product: Product | None = None) -> None:
         flight, name = task.flight, task.stage.name

@@ -115,7 +115,11 @@ class Eraser:
     def records(self, media_ids: Sequence[str]) -> dict[str, int]:
         """Delete outcome records and their history; returns how many rows of each."""
         # In this order: a worker that commits at this moment holds its outcome, and its history row is there after it.
+        # It locks several in the order of their keys, and so does this.
+        key = (outcomes.c.media_id, outcomes.c.asset)
+        held = sa.select(*key).where(outcomes.c.media_id.in_(media_ids)).order_by(*key).with_for_update()
         with self._engine.begin() as connection:
+            connection.execute(held)
             return {
                 table.name: connection.execute(sa.delete(table).where(table.c.media_id.in_(media_ids))).rowcount
                 for table in (outcomes, outcome_history)

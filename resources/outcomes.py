@@ -13,17 +13,21 @@ Transitions (`claim` grows with every claim, so a worker that lost its item cann
 
 Every transition is guarded in SQL and written to `outcome_history` in the same transaction. An upload that is not
 live any more is neither claimed nor blocked, and of a purged one nothing is finished. A claim, a block and a reset
-make the planner look at the item again. Locks are taken in the order uploads, outcomes.
+make the planner look at the item again. Locks are taken in the order uploads, outcomes, and of several rows of a
+table in the order of their keys.
+
+Claims and endings come many at a time, in one statement each: an engine with small items waits for little else.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from enum import StrEnum
 from types import TracebackType
 from typing import Any, Self
@@ -116,28 +120,103 @@ class Cost:
     copied_from: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a claimed asset of an item ended; made by `succeeded` and `failed`.
+
+    `content` and `attempts` stay as they are where None; `retry_s` are seconds until a retry is due.
+    """
+
+    claim: Claim
+    status: Status
+    cost: Cost | None = None
+    content: str | None = None
+    attempts: int | None = None
+    error_class: str | None = None
+    error: str | None = None
+    retry_s: float | None = None
+
+
+def succeeded(claim: Claim, status: Status, content: str, cost: Cost, note: str | None = None) -> Ending:
+    """`ok` or `not_applicable`. Raises ValueError for any other status."""
+    if not status.done:
+        raise ValueError(f"{status} is not a success")
+    return Ending(claim, status, cost, content, error=note)
+
+
+def failed(claim: Claim, failure: Failure, cost: Cost, settings: Engine) -> Ending:
+    """`retryable`, due after a growing delay, as long as there are attempts left; else `quarantined`."""
+    retry = failure.retryable and claim.attempts < settings.max_attempts
+    delay_s = settings.retry_base_s * 2 ** (claim.attempts - 1) * random.uniform(0.5, 1.5)  # noqa: S311
+    return Ending(
+        claim,
+        Status.RETRYABLE if retry else Status.QUARANTINED,
+        cost,
+        error_class=failure.error_class,
+        error=failure.message,
+        retry_s=delay_s if retry else None,
+    )
+
+
 _FIELDS = [outcomes.c[name] for name in Outcome.__slots__]
 _HISTORY = ("media_id", "asset", "version", "claim", "status", "error_class", "error", "run_id")
-# The first claim of an outcome, by far the most frequent, in one round trip; any other finds a row in its way.
+# First claims of outcomes, by far the most frequent, in one round trip; any other finds a row in its way.
 _CLAIM_FIRST = sa.text(
     """
-    with held as materialized (
-        select media_id from uploads where media_id = :media_id and state = 'live' for no key update
+    with wanted as (
+        select media_id, asset, version
+        from jsonb_to_recordset(cast(:wanted as jsonb)) as w(media_id text, asset text, version text)
+    ), held as materialized (
+        select media_id from uploads where media_id in (select media_id from wanted) and state = 'live'
+        order by media_id for no key update
     ), made as (
         insert into outcomes (media_id, asset, version, status, attempts, claim, run_id)
-        select :media_id, :asset, :version, 'running', 1, 1, :run_id
-        where exists (select from held) or not exists (select from uploads where media_id = :media_id)
+        select media_id, asset, version, 'running', 1, 1, :run_id
+        from wanted where media_id in (select media_id from held) or media_id not in (select media_id from uploads
+            where media_id in (select media_id from wanted))
+        order by media_id, asset
         on conflict do nothing
         returning media_id, asset, version, claim, status, run_id
     ), noted as (
         insert into outcome_history (media_id, asset, version, claim, status, run_id) select * from made
     ), unsettled as (
-        update uploads set plan = null
-        where media_id = :media_id and plan is not null and exists (select from made)
+        update uploads set plan = null where plan is not null and media_id in (select media_id from made)
     )
-    select exists (select from made),
-        (select min(media_id) from outcomes where asset = :asset and version = :version and status = 'ok')
+    select media_id, asset, (
+        select min(o.media_id) from outcomes o where o.asset = made.asset and o.version = made.version
+            and o.status = 'ok'
+    ) as twin from made
     """
+)
+_TWIN = sa.text("select min(media_id) from outcomes where asset = :asset and version = :version and status = 'ok'")
+# The record and its history are one transaction and one round trip.
+_END = sa.text(
+    f"""
+    with given as (
+        select * from jsonb_to_recordset(cast(:endings as jsonb)) as g(
+            media_id text, asset text, version text, claim bigint, status text, content text, attempts int,
+            error_class text, error text, retry_s float8, costs boolean, seconds float8, units int, rows bigint,
+            device text, model text, bytes_out bigint, copied_from text)
+    ), held as materialized (
+        select o.media_id, o.asset from outcomes o join given g using (media_id, asset, claim, version)
+        where o.status = 'running'
+            and not exists (select from uploads u where u.media_id = o.media_id and u.state = 'purged')
+        order by o.media_id, o.asset for no key update of o
+    ), written as (
+        update outcomes o set
+            status = g.status, content = coalesce(g.content, o.content), attempts = coalesce(g.attempts, o.attempts),
+            error_class = g.error_class, error = g.error, retry_at = now() + make_interval(secs => g.retry_s),
+            {", ".join(f"{name} = case when g.costs then g.{name} else o.{name} end" for name in Cost.__slots__)},
+            updated_at = now()
+        from given g join held using (media_id, asset)
+        where o.media_id = g.media_id and o.asset = g.asset and o.claim = g.claim and o.version = g.version
+            and o.status = 'running'
+        returning {", ".join(f"o.{name}" for name in Outcome.__slots__)}
+    ), noted as (
+        insert into outcome_history ({", ".join(_HISTORY)}) select {", ".join(_HISTORY)} from written
+    )
+    select * from written
+    """  # noqa: S608 - names of columns, of this module
 )
 
 
@@ -169,17 +248,39 @@ class OutcomeStore:
             yield connection
 
     def claim(self, media_id: str, asset: str, version: str, run_id: str, alive: Liveness) -> Claim | Outcome:
-        """Claim one asset of one item for this run.
+        """`claim_many` of one. Raises LostClaim, Withdrawn."""
+        [answer] = self.claim_many([(media_id, asset, version)], run_id, alive)
+        if isinstance(answer, LostClaim):
+            raise answer
+        return answer
 
-        Returns the existing record instead when it must not be claimed: finished or quarantined at this
-        version, in flight in another live run, or out of attempts after its workers were lost.
-        Raises LostClaim, Withdrawn. An item that was never registered has no upload that could forbid it.
+    def claim_many(
+        self, wanted: Sequence[tuple[str, str, str]], run_id: str, alive: Liveness
+    ) -> list[Claim | Outcome | LostClaim]:
+        """Claim assets of items, (media_id, asset, version) each, for this run; an answer for each, in order.
+
+        It is the existing record where that must not be claimed: finished or quarantined at this version, in
+        flight in another live run, or out of attempts after its workers were lost; LostClaim where another run
+        was faster, Withdrawn where the upload is not live. An item never registered has no upload that could
+        forbid it.
         """
-        first = {"media_id": media_id, "asset": asset, "version": version, "run_id": run_id}
+        rows = [{"media_id": media_id, "asset": asset, "version": version} for media_id, asset, version in wanted]
         with self._transitions.connect() as connection:
-            made, twin = connection.execute(_CLAIM_FIRST, first).one()
-        if made:
-            return Claim(media_id, asset, version, 1, 1, twin)
+            made = connection.execute(_CLAIM_FIRST, {"wanted": json.dumps(rows), "run_id": run_id})
+            twins = {(row.media_id, row.asset): row.twin for row in made}
+        answers: list[Claim | Outcome | LostClaim] = []
+        for media_id, asset, version in wanted:
+            if (media_id, asset) in twins:
+                answers.append(Claim(media_id, asset, version, 1, 1, twins[media_id, asset]))
+                continue
+            try:
+                answers.append(self._claim_again(media_id, asset, version, run_id, alive))
+            except LostClaim as error:
+                answers.append(error)
+        return answers
+
+    def _claim_again(self, media_id: str, asset: str, version: str, run_id: str, alive: Liveness) -> Claim | Outcome:
+        """Claim what has a record already, or has an upload that is not live."""
         with self._transition() as connection:
             planned = _hold(connection, media_id)
             row = (
@@ -230,42 +331,32 @@ class OutcomeStore:
             if planned:
                 _unsettle(connection, media_id)
             _record(connection, values)
+            twin = connection.execute(_TWIN, {"asset": asset, "version": version}).scalar()
             return Claim(media_id, asset, version, number, attempts, twin)
 
     def _lost(self, connection: sa.Connection, current: Outcome) -> Outcome:
         error = f"The worker died {current.attempts} times with this item in flight. {WorkerLost.remedy}"
-        values = {"status": Status.QUARANTINED, "error_class": WorkerLost.code, "error": error}
-        return _write(connection, current.media_id, current.asset, current.claim, current.version, values)
+        claim = Claim(current.media_id, current.asset, current.version, current.claim, current.attempts)
+        return _only(_end(connection, [Ending(claim, Status.QUARANTINED, error_class=WorkerLost.code, error=error)]))
 
     def succeed(self, claim: Claim, status: Status, content: str, cost: Cost, note: str | None = None) -> Outcome:
         """Commit `ok` or `not_applicable`. Raises LostClaim, Withdrawn."""
-        if not status.done:
-            raise ValueError(f"{status} is not a success")
-        return self._finish(claim, {"status": status, "content": content, "error": note, **_cost(cost)})
+        return _only(self.end([succeeded(claim, status, content, cost, note)]))
 
     def fail(self, claim: Claim, failure: Failure, cost: Cost) -> Outcome:
         """Commit a failure: `retryable` with a due time, or `quarantined`. Raises LostClaim, Withdrawn."""
-        retry = failure.retryable and claim.attempts < self._settings.max_attempts
-        values: dict[str, Any] = {
-            "status": Status.RETRYABLE if retry else Status.QUARANTINED,
-            "error_class": failure.error_class,
-            "error": failure.message,
-            **_cost(cost),
-        }
-        if retry:
-            delay = self._settings.retry_base_s * 2 ** (claim.attempts - 1) * random.uniform(0.5, 1.5)  # noqa: S311
-            values["retry_at"] = sa.func.now() + timedelta(seconds=delay)
-        return self._finish(claim, values)
+        return _only(self.end([failed(claim, failure, cost, self._settings)]))
+
+    def end(self, endings: Sequence[Ending]) -> list[Outcome | LostClaim]:
+        """Commit endings, all in one transaction: for each, in order, its record, LostClaim or Withdrawn."""
+        with self._transitions.connect() as connection:
+            return _end(connection, endings)
 
     def release(self, claim: Claim) -> None:
         """Give the item back on a clean shutdown; the attempt does not count. Raises Withdrawn."""
-        values = {"status": Status.RETRYABLE, "attempts": claim.attempts - 1, "retry_at": sa.func.now()}
-        try:
-            self._finish(claim, values)
-        except Withdrawn:
-            raise
-        except LostClaim:
-            return
+        ended = self.end([Ending(claim, Status.RETRYABLE, attempts=claim.attempts - 1, retry_s=0.0)])[0]
+        if isinstance(ended, Withdrawn):
+            raise ended
 
     def block(self, media_id: str, asset: str, version: str, cause: str, retryable: bool, run_id: str) -> Outcome:
         """Record that an input of this asset failed; costs no attempt and follows when the input is mended.
@@ -302,10 +393,6 @@ class OutcomeStore:
                 _unsettle(connection, media_id)
             _record(connection, row)
             return _outcome(row)
-
-    def _finish(self, claim: Claim, values: dict[str, Any]) -> Outcome:
-        with self._transitions.connect() as connection:
-            return _write(connection, claim.media_id, claim.asset, claim.number, claim.version, values)
 
     def reset(
         self,
@@ -495,33 +582,55 @@ def _signed(value: int) -> int:
     return value - (1 << 32) if value >= 1 << 31 else value
 
 
-def _write(
-    connection: sa.Connection, media_id: str, asset: str, claim: int, version: str, values: Mapping[str, Any]
-) -> Outcome:
-    written = (
-        sa.update(outcomes)
-        .where(
-            outcomes.c.media_id == media_id,
-            outcomes.c.asset == asset,
-            outcomes.c.claim == claim,
-            outcomes.c.version == version,
-            outcomes.c.status == Status.RUNNING,
-            ~sa.exists().where(uploads.c.media_id == media_id, uploads.c.state == PURGED),
-        )
-        .values(**values, updated_at=sa.func.now())
-        .returning(*_FIELDS)
-        .cte("written")
+def _end(connection: sa.Connection, endings: Sequence[Ending]) -> list[Outcome | LostClaim]:
+    written = connection.execute(_END, {"endings": json.dumps([_row(ending) for ending in endings])}).mappings()
+    records = {(row["media_id"], row["asset"]): _outcome(row) for row in written}
+    lost = {e.claim.media_id for e in endings if (e.claim.media_id, e.claim.asset) not in records}
+    states = (
+        {
+            row.media_id: row.state
+            for row in connection.execute(
+                sa.select(uploads.c.media_id, uploads.c.state).where(uploads.c.media_id.in_(lost))
+            )
+        }
+        if lost
+        else {}
     )
-    kept = sa.select(*(written.c[name] for name in _HISTORY))
-    noted = sa.insert(outcome_history).from_select(_HISTORY, kept).cte("noted")
-    # One statement, so that the record and its history are one transaction and one round trip.
-    row = connection.execute(sa.select(*(written.c[f.name] for f in _FIELDS)).add_cte(noted)).mappings().first()
-    if row is None:
-        state = connection.execute(sa.select(uploads.c.state).where(uploads.c.media_id == media_id)).scalar()
-        if state == PURGED:
-            raise Withdrawn(f"{media_id} was purged")
-        raise LostClaim(f"{asset} of {media_id} was claimed by another run")
-    return _outcome(row)
+    return [_ended(ending.claim, records, states) for ending in endings]
+
+
+def _ended(claim: Claim, records: Mapping[tuple[str, str], Outcome], states: Mapping[str, str]) -> Outcome | LostClaim:
+    if (record := records.get((claim.media_id, claim.asset))) is not None:
+        return record
+    if states.get(claim.media_id) == PURGED:
+        return Withdrawn(f"{claim.media_id} was purged")
+    return LostClaim(f"{claim.asset} of {claim.media_id} was claimed by another run")
+
+
+def _row(ending: Ending) -> dict[str, Any]:
+    """The ending as `_END` reads it; of a message, what Postgres' texts cannot hold is escaped."""
+    claim = ending.claim
+    return {
+        "media_id": claim.media_id,
+        "asset": claim.asset,
+        "version": claim.version,
+        "claim": claim.number,
+        "status": ending.status,
+        "content": ending.content,
+        "attempts": ending.attempts,
+        "error_class": ending.error_class,
+        "error": ending.error and ending.error.replace("\0", r"\0").encode("utf-8", "backslashreplace").decode(),
+        "retry_s": ending.retry_s,
+        "costs": ending.cost is not None,
+        **({name: getattr(ending.cost, name) for name in Cost.__slots__} if ending.cost else {}),
+    }
+
+
+def _only(answers: Sequence[Outcome | LostClaim]) -> Outcome:
+    [answer] = answers
+    if isinstance(answer, LostClaim):
+        raise answer
+    return answer
 
 
 def _hold(connection: sa.Connection, media_id: str) -> bool:
@@ -549,10 +658,6 @@ def _record(connection: sa.Connection, row: sa.RowMapping | Mapping[str, Any]) -
 
 def _record_all(connection: sa.Connection, rows: Sequence[sa.RowMapping | Mapping[str, Any]]) -> None:
     connection.execute(sa.insert(outcome_history), [{name: row.get(name) for name in _HISTORY} for row in rows])
-
-
-def _cost(cost: Cost) -> dict[str, Any]:
-    return {name: getattr(cost, name) for name in Cost.__slots__}
 
 
 def _outcome(row: sa.RowMapping) -> Outcome:
