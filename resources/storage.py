@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import os
 import secrets
+import threading
+from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
+from typing import TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,6 +21,14 @@ from resources.object_store import is_s3, put_bytes
 
 COMPRESSION = "zstd"
 PART_BYTES = 16 * 2**20
+RECENT_BYTES = 128 * 2**20
+"""Memory for the tables lately written and read, bytes."""
+
+LARGE = 4
+"""A table of more than this part of that memory is not kept."""
+
+Key: TypeAlias = tuple[str, str, str]
+Mark: TypeAlias = tuple[int, int, int]
 
 
 class DerivedStore:
@@ -24,22 +37,31 @@ class DerivedStore:
     A table lives at `<root>/<asset>/<media_id>.parquet`; a side table (bulk data that most readers do
     not want, such as the 48x27 track of `frames`) at `<root>/<asset>/<media_id>.<side>.parquet`.
     Writing goes to a temporary name and is moved, so a reader never sees half a file.
+
+    What one stage writes the next one reads, often within the second, and the checks once more: in a local folder
+    the last `recent_bytes` of tables are kept in memory, each for as long as its file is the very one.
     """
 
-    def __init__(self, root: str | Path | UPath, part_bytes: int = PART_BYTES) -> None:
+    def __init__(
+        self, root: str | Path | UPath, part_bytes: int = PART_BYTES, recent_bytes: int = RECENT_BYTES
+    ) -> None:
         self.root = UPath(root)
         self.part_bytes = part_bytes
-        self._local = isinstance(self.root, os.PathLike)
+        self._local = str(self.root) if isinstance(self.root, os.PathLike) else None
+        self._recent = _Recent(recent_bytes)
 
     def path(self, asset: str, media_id: str, side: str = "") -> UPath:
         """Where the table of one asset and media item (or of one side table) lives."""
-        return self.root / asset / (f"{media_id}.{side}.parquet" if side else f"{media_id}.parquet")
+        return self.root / asset / _name(media_id, side)
 
     def write(self, asset: str, media_id: str, table: pa.Table, side: str = "") -> int:
         """Write `table` atomically; returns bytes written. Raises OSError (disk full, permissions), StorageFailed."""
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression=COMPRESSION)
-        return self.write_bytes(self.path(asset, media_id, side), sink.getvalue())
+        data = _parquet(table) if table.num_rows else _empty_parquet(table.schema)
+        if self._local is None:
+            return self.write_bytes(self.path(asset, media_id, side), data)
+        mark = _put(self._file(asset, media_id, side), memoryview(data))
+        self._recent.keep((asset, media_id, side), mark, table)
+        return int(data.size)
 
     def write_bytes(self, path: UPath, data: bytes | memoryview | pa.Buffer) -> int:
         """Write `data` at `path` atomically: a temporary file and a rename, or one upload to an object store.
@@ -47,36 +69,30 @@ class DerivedStore:
         Raises OSError, and StorageFailed when an object store keeps something else than was sent.
         """
         view = memoryview(data)
-        try:
-            self._put(path, view)
-        except OSError as error:
-            if error.filename is None:  # a full disk does not say which one it is
-                error.filename = str(path)
-            raise
+        if self._local is not None:
+            _put(str(path), view)
+            return view.nbytes
+        with _named(str(path)):
+            put_bytes(path, bytes(view), self.part_bytes)
         return view.nbytes
 
-    def _put(self, path: UPath, view: memoryview) -> None:
-        if not self._local:
-            put_bytes(path, bytes(view), self.part_bytes)
-            return
-        final = Path(str(path))
-        final.parent.mkdir(parents=True, exist_ok=True)
-        temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}")
-        try:
-            temporary.write_bytes(view)
-            fault("storage.before_rename")
-            os.replace(temporary, final)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+    def _file(self, asset: str, media_id: str, side: str) -> str:
+        """`path` of a local root as text: a `UPath` takes longer to make than a small file to write."""
+        return f"{self._local}/{asset}/{_name(media_id, side)}"
 
     def read(self, asset: str, media_id: str, side: str = "", columns: list[str] | None = None) -> pa.Table:
         """The stored table. Raises FileNotFoundError when there is none."""
-        path = self.path(asset, media_id, side)
-        # `pq.read_table` goes through Arrow's datasets, which take longer than a small file itself.
-        with pq.ParquetFile(str(path) if self._local else pa.BufferReader(path.read_bytes())) as file:
-            table = file.read(columns=columns)
-        return table if columns is None else table.select(columns)
+        if self._local is None:
+            return _read(pa.BufferReader(self.path(asset, media_id, side).read_bytes()), columns)
+        path, key = self._file(asset, media_id, side), (asset, media_id, side)
+        mark = _mark(os.stat(path))
+        table = self._recent.get(key, mark)
+        if table is not None:
+            return table if columns is None else table.select(columns)
+        table = _read(path, columns)
+        if columns is None:
+            self._recent.keep(key, mark, table)
+        return table
 
     def exists(self, asset: str, media_id: str, side: str = "") -> bool:
         """Whether the table is there."""
@@ -122,6 +138,7 @@ class DerivedStore:
                     size += path.stat().st_size
                     path.unlink(missing_ok=True)
                     files += 1
+        self._recent.forget(wanted)
         return files, size
 
     def delete(self, asset: str, media_id: str) -> None:
@@ -129,3 +146,114 @@ class DerivedStore:
         for side in list(self.sides(asset, media_id)):
             self.path(asset, media_id, side).unlink(missing_ok=True)
         self.path(asset, media_id).unlink(missing_ok=True)
+
+
+class _Recent:
+    """The tables last used, by key, within a number of bytes. Thread-safe."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most = most_bytes
+        self._held = 0
+        self._tables: OrderedDict[Key, tuple[Mark, pa.Table]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Key, mark: Mark) -> pa.Table | None:
+        """The table of `key` if it is of the file with this mark."""
+        with self._lock:
+            found = self._tables.get(key)
+            if found is None:
+                return None
+            if found[0] != mark:
+                self._drop(key)
+                return None
+            self._tables.move_to_end(key)
+            return found[1]
+
+    def keep(self, key: Key, mark: Mark, table: pa.Table) -> None:
+        """Keep a table, in place of the one of its key and of those used longest ago; not one that fills the place."""
+        with self._lock:
+            self._drop(key)
+            if table.nbytes > self._most // LARGE:
+                return
+            self._tables[key] = (mark, table)
+            self._held += table.nbytes
+            while self._held > self._most:
+                self._drop(next(iter(self._tables)))
+
+    def forget(self, media_ids: Collection[str]) -> None:
+        """Drop every table of these items."""
+        with self._lock:
+            for key in [key for key in self._tables if key[1] in media_ids]:
+                self._drop(key)
+
+    def _drop(self, key: Key) -> None:
+        if (found := self._tables.pop(key, None)) is not None:
+            self._held -= found[1].nbytes
+
+
+def _name(media_id: str, side: str) -> str:
+    return f"{media_id}.{side}.parquet" if side else f"{media_id}.parquet"
+
+
+def _parquet(table: pa.Table) -> pa.Buffer:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression=COMPRESSION)
+    return sink.getvalue()
+
+
+@lru_cache(64)
+def _empty_parquet(schema: pa.Schema) -> pa.Buffer:
+    return _parquet(schema.empty_table())
+
+
+def _read(source: str | pa.BufferReader, columns: list[str] | None) -> pa.Table:
+    # `pq.read_table` goes through Arrow's datasets, which take longer than a small file itself.
+    with pq.ParquetFile(source) as file:
+        table = file.read(columns=columns)
+    return table if columns is None else table.select(columns)
+
+
+def _mark(found: os.stat_result) -> Mark:
+    """What no two files that take each other's place have in common."""
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _put(path: str, view: memoryview) -> Mark:
+    """Write a local file atomically. Raises OSError."""
+    folder, _, name = path.rpartition("/")
+    temporary = f"{folder}/.{name}.{secrets.token_hex(4)}"
+    try:
+        with _named(path):
+            try:
+                mark = _written(temporary, view)
+            except FileNotFoundError:
+                os.makedirs(folder, exist_ok=True)
+                mark = _written(temporary, view)
+            fault("storage.before_rename")
+            os.replace(temporary, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    return mark
+
+
+@contextmanager
+def _named(path: str) -> Iterator[None]:
+    """Let an error that does not say which file it is about name this one, as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = path
+        raise
+
+
+def _written(path: str, view: memoryview) -> Mark:
+    descriptor = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+    try:
+        while view:
+            view = view[os.write(descriptor, view) :]
+        return _mark(os.fstat(descriptor))
+    finally:
+        os.close(descriptor)
