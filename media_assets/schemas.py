@@ -14,6 +14,10 @@ def _field(name: str, kind: pa.DataType, doc: str, nullable: bool = True) -> pa.
     return pa.field(name, kind, nullable=nullable, metadata={"doc": doc})
 
 
+def _list(kind: pa.DataType) -> pa.ListType:
+    return pa.list_(pa.field("element", kind))  # as Parquet names it, so that a table equals what is read of its file
+
+
 _ID = _field("media_id", pa.string(), "the media item", nullable=False)
 _START = _field("start_s", pa.float64(), "start of the span, seconds", nullable=False)
 _END = _field("end_s", pa.float64(), "end of the span, seconds", nullable=False)
@@ -78,7 +82,7 @@ FRAMES_TRACK = pa.schema(
         _ID,
         _field("first_frame", pa.int32(), "index of the chunk's first frame", False),
         _field("frames", pa.int32(), "frames in the chunk", False),
-        _field("start_s", pa.list_(pa.float64()), "presentation time of each frame, seconds", False),
+        _field("start_s", _list(pa.float64()), "presentation time of each frame, seconds", False),
         _field("rgb", pa.binary(), "zstd of uint8 [frames, 27, 48, 3], RGB, row-major", False),
         _VERSION,
     ]
@@ -134,7 +138,7 @@ TRANSCRIPT = pa.schema(
         _field("language", pa.string(), "ISO 639-1 code", False),
         _field("confidence", pa.float64(), "mean token probability, 0-1; 1 for documents", False),
         _field("speaker", pa.string(), "speaker label where diarization ran"),
-        _field("words", pa.list_(WORD), "words with times and probabilities", False),
+        _field("words", _list(WORD), "words with times and probabilities", False),
         _field("timing", pa.string(), "how word times were made: aligned, whisper, cue or none", False),
         _MODEL,
         _VERSION,
@@ -153,7 +157,7 @@ OCR_TEXT = pa.schema(
         _field("confidence", pa.float64(), "recognition confidence, 0-1", False),
         _field(
             "polygon",
-            pa.list_(POINT),
+            _list(POINT),
             "four corners, clockwise from top left, in fractions of width and height, origin top left",
             False,
         ),
@@ -164,7 +168,7 @@ OCR_TEXT = pa.schema(
     ]
 )
 
-VECTOR = pa.list_(pa.float32())
+VECTOR = _list(pa.float32())
 
 EMBEDDINGS = pa.schema(
     [

@@ -600,7 +600,8 @@ def _end(connection: sa.Connection, endings: Sequence[Ending]) -> list[Outcome |
 
 
 def _ended(claim: Claim, records: Mapping[tuple[str, str], Outcome], states: Mapping[str, str]) -> Outcome | LostClaim:
-    if (record := records.get((claim.media_id, claim.asset))) is not None:
+    record = records.get((claim.media_id, claim.asset))
+    if record is not None and record.claim == claim.number:
         return record
     if states.get(claim.media_id) == PURGED:
         return Withdrawn(f"{claim.media_id} was purged")

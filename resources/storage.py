@@ -21,6 +21,7 @@ from resources.object_store import is_s3, put_bytes
 
 COMPRESSION = "zstd"
 PART_BYTES = 16 * 2**20
+DICTIONARY_ROWS = 64
 RECENT_BYTES = 128 * 2**20
 """Memory for the tables lately written and read, bytes."""
 
@@ -196,8 +197,10 @@ def _name(media_id: str, side: str) -> str:
 
 
 def _parquet(table: pa.Table) -> pa.Buffer:
+    # Pictures and sound are compressed as they are, and a few rows repeat too little for a dictionary.
+    packed = {entry.name: "none" if pa.types.is_binary(entry.type) else COMPRESSION for entry in table.schema}
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression=COMPRESSION)
+    pq.write_table(table, sink, compression=packed, use_dictionary=table.num_rows >= DICTIONARY_ROWS)
     return sink.getvalue()
 
 

@@ -13,7 +13,7 @@ from alembic.migration import MigrationContext
 
 from resources.database import Database
 from resources.errors import Failure
-from resources.outcomes import Claim, Cost, LostClaim, Outcome, OutcomeStore, Status
+from resources.outcomes import Claim, Cost, LostClaim, Outcome, OutcomeStore, Status, failed, succeeded
 from resources.records import metadata, outcome_history
 from resources.settings import Engine
 
@@ -53,6 +53,42 @@ def test_success_is_final_for_its_version(store: OutcomeStore) -> None:
     assert (done.status, done.seconds, done.rows, done.content) == (Status.OK, 1.5, 3, "content")
     assert claimed(store) == done
     assert claim(store, "v2").attempts == 1
+
+
+def test_many_are_claimed_and_ended_at_once(store: OutcomeStore) -> None:
+    """Given new, finished, failed and foreign items in one call, then each gets its own answer, in their order."""
+    with store.lease("run") as lease, store.lease("other"):
+        done, again, _ = (store.claim(key, "frames", "v1", "other", lease.liveness) for key in "bcd")
+        assert isinstance(done, Claim)
+        assert isinstance(again, Claim)
+        store.succeed(done, Status.OK, "", Cost())
+        store.fail(again, PASSING, Cost())
+        wanted = [(key, "frames", "v1") for key in "abcde"] + [("a", "audio", "v1")]
+        first, finished, retried, busy, last, audio = store.claim_many(wanted, "run", lease.liveness)
+    granted = [first, retried, last, audio]
+    assert all(isinstance(claim, Claim) for claim in granted)
+    assert [claim.attempts for claim in granted if isinstance(claim, Claim)] == [1, 2, 1, 1]
+    assert {claim.twin for claim in granted if isinstance(claim, Claim)} == {"b", None}
+    assert isinstance(finished, Outcome)
+    assert finished.status is Status.OK
+    assert isinstance(busy, Outcome)
+    assert (busy.status, busy.run_id) == (Status.RUNNING, "other")
+    claims = [claim for claim in granted if isinstance(claim, Claim)]
+    stale = Claim("a", "frames", "v1", 7, 1)
+    endings = [
+        failed(claims[1], Failure("model_failed", "Said \0 and \udc80.", True), Cost(), Engine(max_attempts=2)),
+        succeeded(stale, Status.OK, "", Cost()),
+        succeeded(claims[0], Status.NOT_APPLICABLE, "c", Cost(seconds=1.5, device="cpu"), "It has no picture."),
+    ]
+    broken, lost, empty = store.end(endings)
+    assert isinstance(lost, LostClaim)
+    assert isinstance(broken, Outcome)
+    assert (broken.media_id, broken.status) == ("c", Status.QUARANTINED)
+    assert broken.error == r"Said \0 and \udc80."
+    assert isinstance(empty, Outcome)
+    assert (empty.status, empty.seconds, empty.error) == (Status.NOT_APPLICABLE, 1.5, "It has no picture.")
+    assert store.load(["a"])["a", "frames"] == empty
+    assert store.load(["e"])["e", "frames"].status is Status.RUNNING
 
 
 def test_a_worker_that_lost_its_claim_cannot_write(store: OutcomeStore) -> None:

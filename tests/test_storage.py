@@ -1,0 +1,72 @@
+"""The store of derived tables: what is written is what is read, from memory or from the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from media_assets import schemas
+from resources import storage
+from resources.storage import LARGE, DerivedStore
+
+TABLES = {(asset, ""): schema for asset, schema in schemas.PER_MEDIA.items()} | {
+    (asset, side): schema for asset, sides in schemas.SIDES.items() for side, schema in sides.items()
+}
+
+
+def numbers(*values: int) -> pa.Table:
+    return pa.table({"media_id": ["a"] * len(values), "value": pa.array(values, pa.int64())})
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> DerivedStore:
+    return DerivedStore(tmp_path)
+
+
+@pytest.mark.parametrize(("asset", "side"), TABLES)
+def test_the_kept_table_is_the_one_in_the_file(store: DerivedStore, tmp_path: Path, asset: str, side: str) -> None:
+    """Given any table of the project, then the writer and another process read the same, down to the schema."""
+    store.write(asset, "a", TABLES[asset, side].empty_table(), side)
+    kept, read = store.read(asset, "a", side), DerivedStore(tmp_path).read(asset, "a", side)
+    assert str(kept.schema) == str(read.schema)
+    assert kept.schema.equals(read.schema, check_metadata=True)
+
+
+def test_what_was_just_written_is_not_read_again(store: DerivedStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given a table in memory, then no file is opened for it or for some of its columns, as long as it is the same."""
+    store.write("numbers", "a", numbers(1, 2))
+    monkeypatch.setattr(storage, "_read", lambda *_: pytest.fail("the file was read"))
+    assert store.read("numbers", "a") == numbers(1, 2)
+    assert store.read("numbers", "a", columns=["value"]) == numbers(1, 2).select(["value"])
+
+
+def test_a_file_that_was_replaced_or_removed_counts(store: DerivedStore, tmp_path: Path) -> None:
+    """Given another process that writes, deletes or erases the table, then memory does not hide it."""
+    other = DerivedStore(tmp_path)
+    store.write("numbers", "a", numbers(1, 2))
+    other.write("numbers", "a", numbers(3, 4))
+    assert store.read("numbers", "a") == numbers(3, 4)
+    other.delete("numbers", "a")
+    with pytest.raises(FileNotFoundError):
+        store.read("numbers", "a")
+    store.write("numbers", "a", numbers(5))
+    assert store.erase({"a"})[0] == 1
+    assert not store._recent._tables
+    with pytest.raises(FileNotFoundError):
+        store.read("numbers", "a")
+
+
+def test_memory_for_tables_is_bounded(tmp_path: Path) -> None:
+    """Given more tables than there is room for, then those used last are kept, and none that would fill the place."""
+    size = numbers(*range(10)).nbytes
+    store = DerivedStore(tmp_path, recent_bytes=LARGE * size)
+    for media_id in "abcdef":
+        store.write("numbers", media_id, numbers(*range(10)))
+        store.read("numbers", "a")
+    assert [key[1] for key in store._recent._tables] == ["d", "e", "f", "a"]
+    store.write("numbers", "a", numbers(*range(11)))
+    assert [key[1] for key in store._recent._tables] == ["d", "e", "f"]
+    assert store._recent._held == 3 * size
+    assert store.read("numbers", "a") == numbers(*range(11))
