@@ -164,16 +164,16 @@ _HISTORY = ("media_id", "asset", "version", "claim", "status", "error_class", "e
 _CLAIM_FIRST = sa.text(
     """
     with wanted as (
-        select media_id, asset, version
-        from jsonb_to_recordset(cast(:wanted as jsonb)) as w(media_id text, asset text, version text)
+        select * from unnest(cast(:media_ids as text[]), cast(:assets as text[]), cast(:versions as text[]))
+            as w(media_id, asset, version)
     ), held as materialized (
         select media_id from uploads where media_id in (select media_id from wanted) and state = 'live'
         order by media_id for no key update
     ), made as (
         insert into outcomes (media_id, asset, version, status, attempts, claim, run_id)
         select media_id, asset, version, 'running', 1, 1, :run_id
-        from wanted where media_id in (select media_id from held) or media_id not in (select media_id from uploads
-            where media_id in (select media_id from wanted))
+        from wanted where media_id in (select media_id from held)
+            or not exists (select from uploads where uploads.media_id = wanted.media_id)
         order by media_id, asset
         on conflict do nothing
         returning media_id, asset, version, claim, status, run_id
@@ -198,19 +198,19 @@ _END = sa.text(
             error_class text, error text, retry_s float8, costs boolean, seconds float8, units int, rows bigint,
             device text, model text, bytes_out bigint, copied_from text)
     ), held as materialized (
-        select o.media_id, o.asset from outcomes o join given g using (media_id, asset, claim, version)
-        where o.status = 'running'
-            and not exists (select from uploads u where u.media_id = o.media_id and u.state = 'purged')
-        order by o.media_id, o.asset for no key update of o
+        -- By key, from arrays whose length the planner knows: the index of states is full of rows that left theirs.
+        select o.media_id, o.asset, o.version, o.claim, o.status
+        from unnest(cast(:media_ids as text[]), cast(:assets as text[])) as k(media_id, asset)
+        join outcomes o using (media_id, asset) order by o.media_id, o.asset for no key update of o
     ), written as (
         update outcomes o set
             status = g.status, content = coalesce(g.content, o.content), attempts = coalesce(g.attempts, o.attempts),
             error_class = g.error_class, error = g.error, retry_at = now() + make_interval(secs => g.retry_s),
             {", ".join(f"{name} = case when g.costs then g.{name} else o.{name} end" for name in Cost.__slots__)},
             updated_at = now()
-        from given g join held using (media_id, asset)
-        where o.media_id = g.media_id and o.asset = g.asset and o.claim = g.claim and o.version = g.version
-            and o.status = 'running'
+        from given g join held h using (media_id, asset, version, claim)
+        where o.media_id = h.media_id and o.asset = h.asset and h.status = 'running'
+            and not exists (select from uploads u where u.media_id = h.media_id and u.state = 'purged')
         returning {", ".join(f"o.{name}" for name in Outcome.__slots__)}
     ), noted as (
         insert into outcome_history ({", ".join(_HISTORY)}) select {", ".join(_HISTORY)} from written
@@ -264,9 +264,9 @@ class OutcomeStore:
         was faster, Withdrawn where the upload is not live. An item never registered has no upload that could
         forbid it.
         """
-        rows = [{"media_id": media_id, "asset": asset, "version": version} for media_id, asset, version in wanted]
+        columns = zip(("media_ids", "assets", "versions"), zip(*wanted, strict=True), strict=True)
         with self._transitions.connect() as connection:
-            made = connection.execute(_CLAIM_FIRST, {"wanted": json.dumps(rows), "run_id": run_id})
+            made = connection.execute(_CLAIM_FIRST, {"run_id": run_id, **{name: [*values] for name, values in columns}})
             twins = {(row.media_id, row.asset): row.twin for row in made}
         answers: list[Claim | Outcome | LostClaim] = []
         for media_id, asset, version in wanted:
@@ -583,8 +583,12 @@ def _signed(value: int) -> int:
 
 
 def _end(connection: sa.Connection, endings: Sequence[Ending]) -> list[Outcome | LostClaim]:
-    written = connection.execute(_END, {"endings": json.dumps([_row(ending) for ending in endings])}).mappings()
-    records = {(row["media_id"], row["asset"]): _outcome(row) for row in written}
+    values = {
+        "endings": json.dumps([_row(ending) for ending in endings]),
+        "media_ids": [ending.claim.media_id for ending in endings],
+        "assets": [ending.claim.asset for ending in endings],
+    }
+    records = {(row["media_id"], row["asset"]): _outcome(row) for row in connection.execute(_END, values).mappings()}
     lost = {e.claim.media_id for e in endings if (e.claim.media_id, e.claim.asset) not in records}
     states = (
         {
