@@ -19,12 +19,11 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
 
 from resources.errors import MediaError
-from resources.records import library_state
+from resources.records import REVISION, library_state
 from resources.settings import Settings
 
 if TYPE_CHECKING:
     from alembic.config import Config
-    from alembic.script import ScriptDirectory
 
 LOCK_NAMESPACE = 0x6D65  # advisory locks of this project: "me"
 
@@ -112,18 +111,11 @@ class Database:
 
     def schema(self) -> Schema:
         """Revision of the schema in the database and in the code. Raises DatabaseUnavailable, SchemaNewer."""
-        from alembic.util import CommandError
-
-        script = _scripts()
-        newest = script.get_current_head()
         with _answering(), self.engine.connect() as connection:
             current = _revision(connection)
-        try:
-            if current is not None:
-                script.get_revision(current)
-        except CommandError:
-            raise SchemaNewer(f"The database has schema {current}, this version knows {newest} at most.") from None
-        return Schema(current, str(newest))
+        if current not in (None, REVISION) and not _is_known(current):
+            raise SchemaNewer(f"The database has schema {current}, this version knows {REVISION} at most.")
+        return Schema(current, REVISION)
 
     def migrate(self) -> Schema:
         """Upgrade the schema to the newest revision, or create it; returns what it was.
@@ -229,10 +221,15 @@ def _config() -> Config:
     return config
 
 
-def _scripts() -> ScriptDirectory:
+def _is_known(revision: str) -> bool:
     from alembic.script import ScriptDirectory
+    from alembic.util import CommandError
 
-    return ScriptDirectory.from_config(_config())
+    try:
+        ScriptDirectory.from_config(_config()).get_revision(revision)
+    except CommandError:
+        return False
+    return True
 
 
 def _commit_without_waiting(connection: Any, _record: object) -> None:

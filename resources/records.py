@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
+REVISION = "0004"
+"""The newest migration: alembic, which would say so too, takes a second to import."""
+
 metadata = sa.MetaData()
 
 _timestamp = sa.DateTime(timezone=True)

@@ -10,13 +10,14 @@ import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from typer.testing import CliRunner
 
 from cli.exit_codes import Exit
 from cli.main import app
-from resources.database import Database, SchemaNewer, SchemaOutdated, upgrade
+from resources.database import Database, SchemaNewer, SchemaOutdated, _config, upgrade
 from resources.library import Library
-from resources.records import metadata
+from resources.records import REVISION, metadata
 from resources.registry import Registry
 from resources.settings import Settings
 
@@ -93,6 +94,11 @@ def test_a_schema_newer_than_the_code_is_refused(old: Database, settings: Settin
     with pytest.raises(SchemaNewer):
         old.migrate()
     assert rows(old, "select version_num from media_schema_version") == [("9999",)]
+
+
+def test_the_code_names_the_newest_migration() -> None:
+    """Given the migrations in the code, then the revision it takes for the newest is."""
+    assert ScriptDirectory.from_config(_config()).get_heads() == [REVISION]
 
 
 def test_an_empty_external_database_is_filled_silently(settings: Settings) -> None:
