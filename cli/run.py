@@ -85,6 +85,7 @@ class Work:
     # -- processing -----------------------------------------------------------------------------------
 
     def _process(self, items: Sequence[MediaItem]) -> None:
+        from media_assets.checker import checker
         from media_assets.grouping import groups
         from media_assets.partitions import add_partitions, explicit_batch_tags
         from media_assets.planning import pending
@@ -100,6 +101,7 @@ class Work:
             waiting = pending(items, stages[group.name], self.library.outcomes.load(ids))
             self._say(f"{group.name}: {len(waiting)} of {len(items)} items to do")
             if waiting and not registered:
+                checker().warm()  # beside Dagster's imports; the first check may come soon after
                 add_partitions(self.instance, settings, ids)
                 registered = True
             names = [stage.name for stage in stages[group.name]]

@@ -10,6 +10,7 @@ from typing import Any
 import dagster as dg
 
 from media_assets.buckets import BucketBusy
+from media_assets.checker import checker
 from media_assets.global_assets import SPANNING, rebuild, rebuild_seconds
 from media_assets.grouping import groups
 from media_assets.groups import check_batch, materialize, media_items
@@ -38,6 +39,7 @@ def build_express_job(settings: Settings) -> dg.JobDefinition:
     )
     def express(context: dg.OpExecutionContext, config: Batch) -> Iterator[Any]:
         library: Library = context.resources.media
+        checker().warm()
         # While this run lives it may write of items that were there when it began: a purge asks for its lease.
         with library.outcomes.lease(context.run.run_id):
             batch = media_items(library, config.keys)

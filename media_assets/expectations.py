@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -21,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from media_assets import schemas
+from media_assets.check_report import CheckReport, ExpectationReport, WorstRow
 from resources.catalog_files import lean
 from resources.errors import printable
 
@@ -43,7 +43,6 @@ ACTIONS = ("allow", "review", "block")
 METHODS = ("exact", "perceptual", "semantic")
 LANGUAGE = r"^[a-z]{2,3}$"
 SHA256 = r"^[0-9a-f]{64}$"
-_ONE_AT_A_TIME = threading.Lock()
 
 Frame = pd.DataFrame
 
@@ -61,59 +60,13 @@ class Expectation:
     nullable: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class WorstRow:
-    """A row that broke an expectation: where it is, the value found, and how far out of range (0 without one)."""
-
-    media_id: str
-    row: str
-    value: str
-    excess: float
-
-
-@dataclass(frozen=True, slots=True)
-class ExpectationReport:
-    """How one expectation fared: rows checked, rows that broke it, and the worst of these."""
-
-    name: str
-    column: str
-    passed: bool
-    checked: int
-    unexpected: int
-    worst: tuple[WorstRow, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class CheckReport:
-    """What the expectations say of one table.
-
-    `figures` are counts and the distribution of confidences or scores (quantiles and mean), for trends.
-    """
-
-    asset: str
-    passed: bool
-    rows: int
-    items: int
-    expectations: tuple[ExpectationReport, ...]
-    failing_items: tuple[str, ...] = ()
-    figures: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def failures(self) -> tuple[ExpectationReport, ...]:
-        """Expectations that were broken, most rows first."""
-        return tuple(sorted((e for e in self.expectations if not e.passed), key=lambda e: -e.unexpected))
-
-    @property
-    def summary(self) -> str:
-        """One sentence for people."""
-        if self.passed:
-            return f"All {len(self.expectations)} expectations hold on {self.rows} rows of {self.items} items."
-        broken = ", ".join(f"{entry.name} ({entry.unexpected} of {entry.checked})" for entry in self.failures)
-        return f"{len(self.failures)} of {len(self.expectations)} expectations are broken: {broken}."
+def prepare() -> None:
+    """Import Great Expectations now, which takes seconds; `validate` would at its first table with rows."""
+    _gx()
 
 
 def validate(asset: str, table: pa.Table, media: pa.Table) -> CheckReport:
-    """Check the rows of many items of one asset.
+    """Check the rows of many items of one asset, here and now; not thread-safe. Steps ask `checker.checker()`.
 
     Args:
         asset: a per-media asset, or `near_duplicates`.
@@ -175,11 +128,7 @@ def _figures(table: pa.Table, column: str | None) -> dict[str, float]:
 
 @cache
 def _gx() -> tuple[Any, Any]:
-    """Great Expectations, and one batch definition for data frames.
-
-    The import takes seconds and would phone home unless told not to; every context makes a temporary folder, so there
-    is one per process.
-    """
+    """Great Expectations, which would phone home unless told not to, and one batch definition for data frames."""
     os.environ["GX_ANALYTICS_ENABLED"] = "false"
     import great_expectations as gx
 
@@ -191,24 +140,40 @@ def _gx() -> tuple[Any, Any]:
 
 
 def _run(asset: str, frame: Frame, expectations: Sequence[Expectation]) -> list[ExpectationReport]:
-    """Validate `frame` with Great Expectations; an empty one breaks nothing."""
+    """Validate `frame` with Great Expectations; an empty one breaks nothing.
+
+    Whether an expectation holds takes half the time of telling the rows that break it, so only those that do not hold
+    are asked for rows.
+    """
     if frame.empty:
         return [ExpectationReport(entry.name, entry.column, True, 0, 0) for entry in expectations]
-    with _ONE_AT_A_TIME:
-        gx, rows = _gx()
-        suite = gx.ExpectationSuite(name=asset)
-        for entry in expectations:
-            for made in _gx_expectations(gx, entry):
-                suite.add_expectation(made)
-        batch = rows.get_batch({"dataframe": frame})
-        result = batch.validate(suite, result_format={"result_format": "COMPLETE"})
+    gx, definition = _gx()
+    rows = definition.get_batch({"dataframe": frame})
+    verdicts = list(_results(gx, rows, asset, expectations, "BOOLEAN_ONLY"))
+    failed = {name for name, result in verdicts if not result.success}
     broken: dict[str, set[int]] = {entry.name: set() for entry in expectations}
-    for one in result.results:
+    for name, result in _results(
+        gx, rows, asset, [entry for entry in expectations if entry.name in failed], "COMPLETE"
+    ):
+        broken[name].update(result.result.get("unexpected_index_list") or ())
+    return [_expectation_report(frame, entry, sorted(broken[entry.name])) for entry in expectations]
+
+
+def _results(
+    gx: Any, rows: Any, asset: str, expectations: Sequence[Expectation], told: str
+) -> Iterator[tuple[str, Any]]:
+    """Name and result of each expectation of Great Expectations; raises RuntimeError where one cannot be computed."""
+    if not expectations:
+        return
+    suite = gx.ExpectationSuite(name=asset)
+    for entry in expectations:
+        for made in _gx_expectations(gx, entry):
+            suite.add_expectation(made)
+    for one in rows.validate(suite, result_format={"result_format": told}).results:
         name = one.expectation_config.meta["name"]
         if one.exception_info and one.exception_info.get("raised_exception"):
             raise RuntimeError(f"{name} of {asset} could not be computed: {one.exception_info}")
-        broken[name].update(one.result.get("unexpected_index_list") or ())
-    return [_expectation_report(frame, entry, sorted(broken[entry.name])) for entry in expectations]
+        yield name, one
 
 
 def _gx_expectations(gx: Any, entry: Expectation) -> list[Any]:

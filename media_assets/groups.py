@@ -12,6 +12,7 @@ from typing import Any
 
 import dagster as dg
 
+from media_assets.checker import checker
 from media_assets.engine import BatchEngine, How, Progress, Result
 from media_assets.grouping import Group
 from media_assets.mirror import BucketMirror, Mirror
@@ -87,6 +88,8 @@ def build_group(group: Group, settings: Settings, models: ModelRegistry) -> dg.A
     def run_group(context: dg.AssetExecutionContext, config: Batch) -> Iterator[Any]:
         library: Library = context.resources.media
         wanted = {keys[key] for key in context.selected_asset_keys}
+        if any(check.name == EXPECTATIONS for check in context.selected_asset_check_keys):
+            checker().warm()
         # While this run lives, its checks may still quote items of its batch: a purge asks for its lease.
         with library.outcomes.lease(context.run.run_id):
             chosen = _media_ids(library, batch_keys(context, config), bool(config.keys))

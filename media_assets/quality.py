@@ -8,6 +8,7 @@ from typing import Any
 import dagster as dg
 import pyarrow as pa
 
+from media_assets.checker import checker
 from resources.errors import printable
 from resources.library import Library
 from resources.outcomes import Status
@@ -73,10 +74,9 @@ def batch_table(library: Library, asset: str, media_ids: Sequence[str] | None) -
 
 def expectations_check(library: Library, asset: str, media_ids: Sequence[str] | None) -> dg.AssetCheckEvaluation:
     """Great Expectations over the rows of the batch: counts, and the worst rows of what failed."""
-    from media_assets.expectations import validate
-
     table = batch_table(library, asset, media_ids)
-    report = validate(asset, table, table if asset == "media" else batch_table(library, "media", media_ids))
+    media = table if asset == "media" else batch_table(library, "media", media_ids)
+    report = checker().validate(asset, table, media, library.settings.engine.infer_timeout_s)
     worst = [
         dg.TableRecord(
             {

@@ -2,7 +2,38 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from pathlib import Path
+
+from resources import faults
+
+INHERITED = frozenset(
+    {"PATH", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONDONTWRITEBYTECODE", faults.VARIABLE}
+)
+SINGLE_THREADED = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+PR_SET_PDEATHSIG = 1
+SIGKILL = 9
 _hung = 0
+
+
+def helper_environment(root: Path) -> dict[str, str]:
+    """Environment of a helper process, which imports from `root` and computes in one thread.
+
+    No more than it needs: what strangers' bytes have taken over must not find passwords.
+    """
+    kept = {name: value for name, value in os.environ.items() if name in INHERITED}
+    return {**kept, **dict.fromkeys(SINGLE_THREADED, "1"), "PYTHONPATH": str(root)}
+
+
+def die_with(parent: int) -> None:
+    """Let this process end with the process `parent`: with the thread that started it, where the kernel is Linux."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, SIGKILL)
+    if os.getppid() != parent:
+        sys.exit(0)
 
 
 def note_hung(calls: int) -> None:

@@ -54,7 +54,7 @@ class Engine(_Section):
         900.0,
         gt=0,
         description="longest call of a model with one micro-batch, its loading included, and longest silence of a"
-        " stage's other calls, seconds",
+        " stage's other calls and of the checker, seconds",
     )
     previews_per_run: int = Field(200, ge=0, description="items per run and asset whose picture goes to the Dagster UI")
 

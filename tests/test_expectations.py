@@ -9,16 +9,19 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pytest
 
-from media_assets import schemas
-from media_assets.expectations import CheckReport, ExpectationReport, validate
+from media_assets import expectations, schemas
+from media_assets.check_report import CheckReport, ExpectationReport
+from media_assets.checker import checker
 from resources.catalog_files import lean
 
 Row = dict[str, Any]
 MODEL, VERSION = "model@123456789abc", "v1"
 CLIP, PHOTO = "clip-000000000001", "photo-000000000002"
+LIMIT_S = 300.0
 SPAN = {"start_s": 0.0, "end_s": 1.0}
 
 
@@ -111,6 +114,11 @@ def rows_of(asset: str, clip: str = CLIP) -> list[Row]:
 
 def schema_of(asset: str) -> pa.Schema:
     return schemas.NEAR_DUPLICATES if asset == "near_duplicates" else schemas.PER_MEDIA[asset]
+
+
+def validate(asset: str, table: pa.Table, known: pa.Table) -> CheckReport:
+    """As steps do it: in the checker process."""
+    return checker().validate(asset, table, known, LIMIT_S)
 
 
 def check(asset: str, rows: list[Row]) -> CheckReport:
@@ -253,7 +261,8 @@ def test_a_damaged_row_trips_its_expectation_and_is_named(asset: str) -> None:
             rows.extend(mine)
             wanted.setdefault(name, set()).add(mine[1]["media_id"])
     known = schemas.table(schemas.MEDIA, [*MEDIA, *(media(clip) for clip in clips)])
-    report = validate(asset, schemas.table(schema_of(asset), rows), known)
+    table = schemas.table(schema_of(asset), rows)
+    report = validate(asset, table, known)
     declared = {entry.name for entry in report.expectations}
     assert not report.passed
     assert wanted.keys() == declared - {"schema"}
@@ -264,6 +273,25 @@ def test_a_damaged_row_trips_its_expectation_and_is_named(asset: str) -> None:
         assert broken.unexpected >= len(media_ids)
         assert name in report.summary
     assert {media_id for media_ids in wanted.values() for media_id in media_ids} <= set(report.failing_items)
+    suite = expectations._SUITES[asset]
+    frame = suite.frame(table, known)
+    counted = {entry.name: int(breaks(entry, frame[entry.column]).sum()) for entry in suite.expectations}
+    assert {entry.name: entry.unexpected for entry in report.expectations} == counted | {"schema": 0}
+
+
+def breaks(entry: expectations.Expectation, values: pd.Series[Any]) -> pd.Series[bool]:
+    """Which values break an expectation, worked out without Great Expectations."""
+    there = values.notna()
+    wrong = pd.Series(data=False, index=values.index) if entry.nullable else ~there
+    if entry.low is not None:
+        wrong |= there & (values < entry.low)
+    if entry.high is not None:
+        wrong |= there & (values > entry.high)
+    if entry.allowed is not None:
+        wrong |= there & ~values.isin(entry.allowed)
+    if entry.pattern is not None:
+        wrong |= there & ~values.fillna("").str.contains(entry.pattern)
+    return wrong
 
 
 def test_the_worst_rows_come_first_and_are_bounded() -> None:

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from media_assets import schemas
+from media_assets.checker import checker
 from media_assets.concepts import Encode, load_concepts
-from media_assets.expectations import validate
 from media_assets.moderation_labels import ModerationLabels
 from media_assets.moderation_scores import (
     MAX_CHARACTERS,
@@ -184,7 +184,7 @@ def test_the_detector_is_spared_where_the_classifier_is_sure_and_its_labels_are_
     assert [name.partition("@")[0] for name in product.models or ()] == ["nudenet-320n", "open-nsfw"]
     assert [row["rule"] for row in decided(settings, models, item, product)] == ["default"]
     media = schemas.table(schemas.MEDIA, [item.inputs().media() | {"duration_s": 2.0}])
-    assert validate("moderation_scores", product.table, media).passed
+    assert checker().validate("moderation_scores", product.table, media, 300).passed
 
 
 def test_a_second_look_asks_the_detector_all_the_same_and_says_so(

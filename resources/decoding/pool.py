@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from resources import faults
 from resources.decoding.protocol import (
     LENGTHS,
     MAX_HEADER_BYTES,
@@ -29,6 +28,7 @@ from resources.decoding.protocol import (
 )
 from resources.errors import DecoderCrashed, DecodeTimeout, MediaError
 from resources.heartbeat import beat
+from resources.process import helper_environment
 
 START_TIMEOUT_S = 120.0
 LISTEN_S = 1.0
@@ -36,10 +36,6 @@ RECYCLE_FILES = 500
 RECYCLE_RSS_BYTES = 768 * 2**20
 READ_BYTES = 1 << 20
 EXIT_WAIT_S = 2.0
-INHERITED = frozenset(
-    {"PATH", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONDONTWRITEBYTECODE", faults.VARIABLE}
-)
-SINGLE_THREADED = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,16 +134,12 @@ class _Process:
     """One decoder process and its pipe."""
 
     def __init__(self, memory_bytes: int) -> None:
-        root = Path(__file__).parents[2]
-        # Nothing else: a decoder that strangers' bytes have taken over must not find passwords.
-        kept = {name: value for name, value in os.environ.items() if name in INHERITED}
-        environment = {**kept, **dict.fromkeys(SINGLE_THREADED, "1"), "PYTHONPATH": str(root)}
         self._child = subprocess.Popen(
             [sys.executable, "-P", "-m", "resources.decoding.worker", str(memory_bytes), str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env=environment,
+            env=helper_environment(Path(__file__).parents[2]),
             bufsize=0,
             start_new_session=True,
         )

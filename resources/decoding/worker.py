@@ -13,9 +13,7 @@ from typing import Any, BinaryIO
 from resources.decoding.protocol import Fetch, Request, encode, read_range, read_request
 from resources.errors import Internal, MediaError, OutOfMemory
 from resources.faults import fault
-
-PR_SET_PDEATHSIG = 1
-SIGKILL = 9
+from resources.process import die_with
 
 
 def main(memory_bytes: int, parent: int) -> None:
@@ -92,12 +90,8 @@ def _confine(memory_bytes: int, parent: int) -> None:
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":
-        import ctypes
-
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, SIGKILL)
-    if os.getppid() != parent:
-        sys.exit(0)
+    die_with(parent)
 
 
 def _rss_bytes() -> int:
