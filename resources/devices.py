@@ -1,4 +1,4 @@
-"""The GPUs of this machine: which there are, and which of them a process works on."""
+"""The processors of this machine: its cores, which GPUs there are, and which of them a process works on."""
 
 from __future__ import annotations
 
@@ -174,6 +174,12 @@ def _unlock(connection: sa.Connection, devices: Sequence[Device]) -> None:
 def _key(device: Device) -> int:
     digest = hashlib.blake2b(device.uuid.encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big", signed=True)
+
+
+def usable_cpus() -> int:
+    """Cores this process may use; not every system knows affinity."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def for_torch(wanted: str) -> str:
