@@ -16,8 +16,9 @@ from media_assets import schemas
 from media_assets.stage import Inputs, Prepared, Product, Stage, Unit
 from media_assets.tracks import read_still
 from resources.errors import Failure
-from resources.models.openclip import OpenClip, Vectors, normalised
+from resources.models.openclip import OpenClip, normalised
 from resources.models.registry import ModelSpec
+from resources.models.towers import Vectors
 
 JOINT, VISUAL = "joint", "visual"
 TEXT_COST = 0.1

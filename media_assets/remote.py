@@ -20,7 +20,7 @@ from resources.serving import ServedModel, ServerDied
 from resources.settings import Alerts, Settings
 
 if TYPE_CHECKING:
-    from resources.models.openclip import Vectors
+    from resources.models.towers import Vectors
 
 log = logging.getLogger(__name__)
 SERVER_FAULTS = (ServingUnavailable, ModelTimeout, ModelUnavailable, ServerDied)

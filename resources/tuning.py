@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from resources.devices import kind
+from resources.devices import kind, usable_cpus
 from resources.errors import MediaError
 from resources.models.registry import ModelSpec
 from resources.settings import Settings
@@ -40,9 +40,7 @@ def device_name(settings: Settings) -> str:
         import torch
 
         return str(torch.cuda.get_device_name())
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return f"{platform.processor() or platform.machine()}, {cores} cores"
+    return f"{platform.processor() or platform.machine()}, {usable_cpus()} cores"
 
 
 def tuned(settings: Settings, specs: Sequence[ModelSpec]) -> Tuned | None:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,9 +20,21 @@ from PIL import Image
 from media_assets import schemas
 from media_assets.embeddings import Embeddings, Still
 from media_assets.stage import Inputs, MediaItem, Unit
+from resources import devices
 from resources.errors import Failure, ModelUnavailable
 from resources.models.openclip import OpenClip
-from resources.models.openclip_offline import CHECKPOINT, DIGESTS, local_towers, offline_checkpoint
+from resources.models.openclip_offline import (
+    CHECKPOINT,
+    CONFIG,
+    DIGESTS,
+    IMAGE_ONNX,
+    both_spaces,
+    local_towers,
+    offline_checkpoint,
+    register_image_tower,
+)
+from resources.models.openclip_onnx import OnnxTowers, Preparation, Tokens
+from resources.models.openclip_torch import TorchTowers
 from resources.models.registry import ModelRegistry
 from resources.models.weights import locate
 from resources.storage import DerivedStore
@@ -30,6 +46,42 @@ QUERIES = {
     "rocket": "a rocket or missile on its launch pad",
 }
 ROUNDING = 1e-5
+AWKWARD = {
+    "nothing": "",
+    "blanks": " \t\n ",
+    "emoji": "a dog 🐶👩‍👩‍👧 in the park",
+    "no spaces": "我能吞下玻璃而不伤身体" * 20,
+    "a word of no end": "pneumono" * 100,
+    "mixed up encoding": "cafÃ© â€œquotedâ€\x9d &amp;amp; &lt;b&gt;",
+    "ligatures and full width": "ﬁne Ｆｕｌｌ　ｗｉｄｔｈ",
+    "marks and controls": "e\u0301te\u0301 \x00\x07 \u200bzero \ufeffwidth",
+    "what looks like a token": "a [SEP] b [MASK] c [PAD] d [CLS]",
+    "too long": "an orange cat sleeps " * 100,
+    "capitals": "İSTANBUL STRASSE ẞ",
+}
+SIZES = ((500, 333), (333, 501), (224, 224), (225, 400), (3, 5), (1600, 90), (31, 1000), (640, 361))
+
+
+@dataclass(frozen=True)
+class Stock:
+    """The checkpoint as open_clip itself loads and asks it."""
+
+    folder: Path
+    model: Any
+    preprocess: Any
+    tokenizer: Any
+
+
+@pytest.fixture(scope="module")
+def stock(models: ModelRegistry) -> Stock:
+    import open_clip
+
+    spec = models.spec("embedding")
+    register_image_tower()
+    folder = offline_checkpoint(locate(spec, models.cache), spec, models.cache)
+    name = f"local-dir:{folder}"
+    model, _, preprocess = open_clip.create_model_and_transforms(name, **local_towers(folder))
+    return Stock(folder, model.eval(), preprocess, open_clip.get_tokenizer(name))
 
 
 def _picture(name: str) -> Image.Image:
@@ -146,18 +198,98 @@ def test_vectors_do_not_depend_on_the_batch(model: OpenClip) -> None:
         assert np.linalg.norm(vectors, axis=1) == pytest.approx(1.0, abs=ROUNDING)
 
 
-def test_the_tower_gives_what_its_checkpoint_gives(model: OpenClip, models: ModelRegistry) -> None:
-    import open_clip
+def test_the_towers_give_what_their_checkpoint_gives(model: OpenClip, stock: Stock) -> None:
     import torch
 
-    spec = models.spec("embedding")
-    folder = offline_checkpoint(locate(spec, models.cache), spec, models.cache)
-    stock, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}", **local_towers(folder))
-    stock.eval()
-    pictures = [_picture(name) for name in QUERIES]
+    pictures, texts = [_picture(name) for name in QUERIES], [*QUERIES.values(), "", AWKWARD["emoji"]]
     with torch.inference_mode():
-        expected = stock.encode_image(torch.stack([preprocess(p) for p in pictures]), normalize=True).numpy()
-    assert model.encode_images(pictures) == pytest.approx(expected, abs=ROUNDING)
+        pixels = torch.stack([stock.preprocess(p) for p in pictures])
+        joint = stock.model.encode_image(pixels, normalize=True).numpy()
+        _, pooled = both_spaces(stock.model.visual, pixels)
+        visual = torch.nn.functional.normalize(pooled, dim=-1).numpy()
+        told = stock.model.encode_text(stock.tokenizer(texts), normalize=True).numpy()
+    assert model.encode_images(pictures) == pytest.approx(joint, abs=ROUNDING)
+    assert model.encode_visual(pictures) == pytest.approx(visual, abs=ROUNDING)
+    assert model.encode_texts(texts) == pytest.approx(told, abs=ROUNDING)
+
+
+def test_pictures_become_the_very_pixels_of_the_checkpoint(stock: Stock) -> None:
+    preparation = Preparation.of(json.loads((stock.folder / CONFIG).read_text()))
+    for size in SIZES:
+        picture = _picture("coffee").resize(size)
+        assert np.array_equal(preparation.pixels(picture), stock.preprocess(picture).numpy()), size
+
+
+def test_texts_become_the_tokens_of_the_checkpoint(stock: Stock) -> None:
+    tokens = Tokens(stock.folder, stock.tokenizer.context_length)
+    expected = stock.tokenizer(list(AWKWARD.values())).numpy()
+    assert expected.shape == (len(AWKWARD), 128)
+    for (name, text), ids in zip(AWKWARD.items(), expected, strict=True):
+        (alone,) = tokens.ids([text])
+        assert np.array_equal(alone, ids[: len(alone)]), name
+        assert not ids[len(alone) :].any(), name
+    together = tokens.ids(list(AWKWARD.values()))
+    assert np.array_equal(together, expected)
+    words = " ".join(AWKWARD.values()).split()
+    counted = stock.tokenizer.tokenizer(words, add_special_tokens=False).input_ids
+    assert tokens.lengths(words) == [len(ids) for ids in counted]
+
+
+def test_any_other_checkpoint_is_computed_by_open_clip(model: OpenClip, models: ModelRegistry, stock: Stock) -> None:
+    digests = json.loads((stock.folder / DIGESTS).read_text())
+    elsewhere = {"source": f"file:{stock.folder}", "sha256": digests}
+    other = OpenClip(models.spec("embedding").model_copy(update=elsewhere), models.cache, threads=1)
+    assert isinstance(other._towers, TorchTowers)
+    pictures = [np.asarray(_picture(name)) for name in QUERIES]
+    for ours, theirs in zip(model.embed_images(pictures), other.embed_images(pictures), strict=True):
+        assert ours == pytest.approx(theirs, abs=ROUNDING)
+    texts = list(AWKWARD.values())
+    assert [model.pieces(text) for text in texts] == [other.pieces(text) for text in texts]
+    assert model.encode_texts(texts) == pytest.approx(other.encode_texts(texts), abs=ROUNDING)
+    for none in (model, other):
+        assert not len(none.encode_images([]))
+        assert not len(none.encode_texts([]))
+
+
+def test_a_picture_and_a_text_need_no_torch(model: OpenClip, model_home: Path) -> None:
+    program = """
+import io, sys
+from pathlib import Path
+from PIL import Image
+from media_assets.embeddings import Embeddings, Still
+from media_assets.remote import text_encoder
+from media_assets.stage import Unit
+from resources.models.registry import ModelRegistry
+from resources.settings import Settings
+
+settings = Settings(home=Path(sys.argv[1]))
+models = ModelRegistry(settings)
+sink = io.BytesIO()
+Image.new("RGB", (300, 200), "red").save(sink, "PNG")
+answers = Embeddings(settings, models).infer([Unit("p", Still(sink.getvalue())), Unit("t", "a red wall")])
+(query,) = text_encoder(settings, models)(["a red wall"])
+assert (answers["t"].joint == query).all()
+print(len(answers["p"].visual), *sys.modules)
+"""
+    told = subprocess.run([sys.executable, "-c", program, str(model_home)], capture_output=True, text=True, check=True)
+    length, *modules = told.stdout.split()
+    assert length == "1280"
+    assert "onnxruntime" in modules
+    assert not {"torch", "torchvision", "open_clip", "transformers", "timm"} & set(modules)
+
+
+@pytest.mark.parametrize(("device", "threads"), [("cpu", 1), ("auto", 3)])
+def test_vectors_do_not_depend_on_the_threads(
+    model: OpenClip, models: ModelRegistry, device: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "present", lambda: ())
+    spec = models.spec("embedding")
+    spec = spec.model_copy(update={"parameters": {**spec.parameters, "device": device}})
+    other = OpenClip(spec, models.cache, threads)
+    assert isinstance(other._towers, OnnxTowers)
+    pictures = [_picture(name) for name in QUERIES] * 2
+    assert other.encode_images(pictures) == pytest.approx(model.encode_images(pictures), abs=ROUNDING)
+    assert other.encode_texts(list(QUERIES)) == pytest.approx(model.encode_texts(list(QUERIES)), abs=ROUNDING)
 
 
 def test_long_text_is_split_without_losing_its_end(model: OpenClip) -> None:
@@ -243,10 +375,14 @@ def test_processes_that_race_share_one_checkpoint_and_damage_is_noticed(
     copy = tmp_path / folder.name
     copy.mkdir()
     for path in folder.iterdir():
-        (copy / path.name).write_bytes(path.read_bytes())
-    (copy / "vocab.txt").write_text("changed")
-    with pytest.raises(ModelUnavailable, match=r"vocab\.txt .* damaged"):
+        (copy / path.name).symlink_to(path)
+    for name in ("vocab.txt", IMAGE_ONNX):
+        (copy / name).unlink()
+        (copy / name).write_text("changed")
+    with pytest.raises(ModelUnavailable, match=r"image\.onnx, vocab\.txt .* damaged"):
         offline_checkpoint(weights, spec, tmp_path)
+    with pytest.raises(ModelUnavailable, match=r"image\.onnx, vocab\.txt .* damaged"):
+        OpenClip(spec, tmp_path)
 
 
 def test_another_recipe_is_refused(models: ModelRegistry) -> None:

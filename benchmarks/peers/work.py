@@ -40,12 +40,9 @@ class Images:
     answer = pa.struct([("joint", VECTOR), ("visual", VECTOR)])
 
     def __init__(self, models: ModelRegistry, threads: int) -> None:
-        import torch
-
         from resources.models.openclip import OpenClip
 
-        torch.set_num_threads(threads)
-        self._model = OpenClip(models.spec("embedding"), models.cache)
+        self._model = OpenClip(models.spec("embedding"), models.cache, threads)
 
     def __call__(self, files: Sequence[bytes]) -> list[dict[str, Any]]:
         """Raises what Pillow raises on a file that is no whole picture."""
@@ -61,11 +58,12 @@ class Speech:
     answer = pa.struct([("text", pa.string())])
 
     def __init__(self, models: ModelRegistry, threads: int) -> None:
+        from resources import devices
         from resources.models import whisper
         from resources.models.vad import SpeechDetector
 
         # The adapter takes every core, which two workers beside each other must not.
-        whisper._usable_cpus = lambda: threads
+        devices.usable_cpus = lambda: threads
         spec = models.spec("asr", "whisper-base")
         self._recogniser = whisper.WhisperRecogniser(spec, whisper.load_network(spec, models.cache))
         self._detector = SpeechDetector(models.spec("vad"), models.cache)

@@ -13,7 +13,8 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,12 +27,22 @@ if TYPE_CHECKING:
 
 RECIPE = "2"
 """Changes whenever the same weights would give another checkpoint; the model's `recipe` parameter must agree."""
+LAYOUT = "2"
+"""Changes whenever the folder of the same checkpoint holds other files; its vectors stay what they are."""
 IMAGE_TOWER = "tf_efficientnet_lite0_conse"
 IMAGE_WEIGHTS = "models/efficientnet-lite0-57934424.pth"
 TEXT_WEIGHTS = "model/model.safetensors"
-TEXT_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+TEXT_CONFIG = "config.json"
+TOKENIZER = "tokenizer.json"
+TEXT_FILES = (TEXT_CONFIG, TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 CONFIG = "open_clip_config.json"
 CHECKPOINT = "open_clip_model.safetensors"
+IMAGE_ONNX = "image.onnx"
+"""float32 PIXELS [n, 3, 224, 224], prepared -> JOINT float32 [n, 384] and VISUAL float32 [n, 1280]."""
+TEXT_ONNX = "text.onnx"
+"""int64 IDS [n, t], padded -> JOINT float32 [n, 384]."""
+ONNX = (IMAGE_ONNX, TEXT_ONNX)
+PIXELS, IDS, JOINT, VISUAL = "pixels", "ids", "joint", "visual"
 DIGESTS = "digests.json"
 
 DIMENSION = 384
@@ -41,6 +52,8 @@ NAME_TEMPLATE = "a photo of a {}"
 DEFINITION_WEIGHT = 0.5
 LOCK_TIMEOUT_S = 900
 _BATCH = 32
+_OPSET = 17
+_TRACED_TEXTS = ("a", "texts of unlike length")
 
 _CONFIG = {
     "model_cfg": {
@@ -71,12 +84,12 @@ _CONFIG = {
 }
 
 
-def offline_checkpoint(weights: Mapping[str, Path], spec: ModelSpec, cache: Path) -> Path:
+def offline_checkpoint(weights: Mapping[str, Path], spec: ModelSpec, cache: Path, unread: Collection[str] = ()) -> Path:
     """Folder of the checkpoint made from `weights` (as `locate` gives them), built in `cache` on first use.
 
-    The folder's name holds the digest of the weights and of the recipe. One process builds, others wait for it;
-    the folder appears complete or not at all. Raises ModelUnavailable where the recipe is another, or where a file
-    of the folder has changed since.
+    The folder's name holds the digest of the weights, the recipe and the layout. One process builds, others wait for
+    it; the folder appears complete or not at all. Raises ModelUnavailable where the recipe is another, or where a
+    file of the folder has changed since; the files `unread`, which the caller will not open, are not looked at.
     """
     from filelock import FileLock
 
@@ -90,7 +103,7 @@ def offline_checkpoint(weights: Mapping[str, Path], spec: ModelSpec, cache: Path
     with FileLock(cache / f".{folder.name}.lock", timeout=LOCK_TIMEOUT_S):
         if not folder.is_dir():
             _build_atomically(weights, folder)
-    _check(folder)
+    _check(folder, unread)
     return folder
 
 
@@ -129,8 +142,14 @@ def fold_normalisations(trunk: Any) -> None:
                 setattr(module, next_name, norm.act)
 
 
+def both_spaces(tower: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Joint and visual vectors that a timm image tower gives for prepared pixels [n, 3, height, width]."""
+    pooled = tower.trunk.forward_head(tower.trunk.forward_features(pixels), pre_logits=True)
+    return tower.head(tower.trunk.get_classifier()(pooled)), pooled
+
+
 def _identity(spec: ModelSpec) -> str:
-    return hashlib.sha256(json.dumps([RECIPE, dict(spec.sha256)], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([RECIPE, LAYOUT, dict(spec.sha256)], sort_keys=True).encode()).hexdigest()
 
 
 def _build_atomically(weights: Mapping[str, Path], folder: Path) -> None:
@@ -144,12 +163,12 @@ def _build_atomically(weights: Mapping[str, Path], folder: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _check(folder: Path) -> None:
+def _check(folder: Path, unread: Collection[str]) -> None:
     digests: dict[str, str] = json.loads((folder / DIGESTS).read_text())
-    changed = [name for name, digest in digests.items() if _sha256(folder / name) != digest]
+    changed = [name for name in digests.keys() - set(unread) if _sha256(folder / name) != digests[name]]
     if changed:
         raise ModelUnavailable(
-            f"{', '.join(changed)} in {printable(str(folder))} is damaged.",
+            f"{', '.join(sorted(changed))} in {printable(str(folder))} is damaged.",
             "Remove the folder; it is built again from the installed weights.",
         )
 
@@ -163,6 +182,7 @@ def _sha256(path: Path) -> str:
 
 
 def _build(weights: Mapping[str, Path], folder: Path) -> None:
+    import onnx  # noqa: F401  (torch.onnx wants it, and without it raises no ImportError)
     import open_clip
     import torch
     from safetensors.torch import load_file, save_file
@@ -179,6 +199,45 @@ def _build(weights: Mapping[str, Path], folder: Path) -> None:
     with torch.inference_mode():
         model.visual.trunk.classifier[2].weight.copy_(_class_vectors(model, tokenizer).T)
     save_file({key: value.contiguous().clone() for key, value in model.state_dict().items()}, folder / CHECKPOINT)
+    _export(model, trimmed(tokenizer(list(_TRACED_TEXTS)), model.text.config.pad_token_id), folder)
+
+
+def _export(model: Any, ids: Tensor, folder: Path) -> None:
+    """Write both towers as ONNX, tracing the text tower with `ids`, some of them padding.
+
+    Folds the normalisations of the image tower.
+    """
+    import torch
+    from torch import nn
+
+    class ImageTower(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tower = model.visual
+
+        def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+            return both_spaces(self.tower, pixels)
+
+    fold_normalisations(model.visual.trunk)
+    pixels = torch.zeros(2, 3, *model.visual.image_size)
+    with torch.inference_mode(), warnings.catch_warnings():
+        # Told at every call: that newer versions prefer the exporter that compiles, and which values become constant.
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
+        for path, tower, given, inputs, outputs in (
+            (folder / IMAGE_ONNX, ImageTower().eval(), pixels, {PIXELS: {0: "n"}}, (JOINT, VISUAL)),
+            (folder / TEXT_ONNX, model.text, ids, {IDS: {0: "n", 1: "t"}}, (JOINT,)),
+        ):
+            torch.onnx.export(
+                tower,
+                (given,),
+                path,
+                input_names=list(inputs),
+                output_names=list(outputs),
+                dynamic_axes={**inputs, **{name: {0: "n"} for name in outputs}},
+                opset_version=_OPSET,
+                dynamo=False,
+            )
 
 
 def local_towers(folder: Path) -> dict[str, dict[str, object]]:
@@ -238,4 +297,4 @@ def _encode(model: Any, tokenizer: Any, texts: Sequence[str]) -> Tensor:
 
 def trimmed(tokens: Tensor, pad: int) -> Tensor:
     """`tokens` int [n, context] without the columns that are padding in every row; the text tower masks padding."""
-    return tokens[:, : int((tokens != pad).sum(dim=1).max())]
+    return tokens[:, : int((tokens != pad).any(dim=0).nonzero().max()) + 1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
+from resources import devices
 from resources.errors import ModelFailed, ModelUnavailable
 from resources.models.registry import ModelSpec
 from resources.models.weights import locate
@@ -134,7 +134,7 @@ def load_network(spec: ModelSpec, cache: Path) -> WhisperNetwork:
     if wanted == "cuda" and not cuda:
         raise ModelUnavailable(f"Model {spec.name} wants a GPU, there is none.", 'Set its device to "auto".')
     device = "cuda" if cuda else "cpu"
-    cpus = _usable_cpus()
+    cpus = devices.usable_cpus()  # CTranslate2's own default of four threads oversubscribes small machines
     workers = 1 if cuda else min(cpus, WORKERS)
     model = WhisperModel(
         str(weights["model.bin"].parent),
@@ -378,12 +378,6 @@ def _parts(keys: Sequence[str], count: int) -> Iterator[Sequence[str]]:
     """`keys` in at most `count` runs of about the same length: stretches of one recording share their probe."""
     size = -(-len(keys) // count)
     return (keys[start : start + size] for start in range(0, len(keys), size))
-
-
-def _usable_cpus() -> int:
-    # CTranslate2's own default of four threads oversubscribes small machines; not every system knows affinity.
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _compute_type(precision: str, cuda: bool) -> str:
