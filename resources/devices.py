@@ -177,7 +177,7 @@ def _key(device: Device) -> int:
 
 
 def usable_cpus() -> int:
-    """Cores this process may use: those it is bound to, and no more than OMP_NUM_THREADS, by which Ray tells its own."""
+    """Cores this process may use: those it is bound to, at most OMP_NUM_THREADS, by which Ray tells its workers."""
     affinity = getattr(os, "sched_getaffinity", None)  # not every system knows it
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     told = os.environ.get("OMP_NUM_THREADS", "")
