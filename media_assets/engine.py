@@ -8,12 +8,14 @@ with events, so no lock guards the state machine. Per item and stage:
                    ─▶ claimed ─▶ copied from a twin with the same version
                               ─▶ prepare ─▶ infer* ─▶ assemble and write ─▶ outcome committed ─▶ yielded
 
-Whatever has finished by the time the coordinator looks is committed in one statement, and what that makes possible is
-claimed in one: none waits for others, and many small items cost few round trips.
+What has ended is committed in one statement, and what that makes possible is claimed in one: as soon as a background
+thread could use more work, at the latest `COMMIT_S` after the last time. Small items thus cost few round trips, and
+none waits for others.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter, deque
@@ -55,6 +57,7 @@ from resources.settings import Settings
 from resources.storage import DerivedStore
 
 LANE_DEPTH = 2  # micro-batches handed to the inference thread: one running, one waiting
+COMMIT_S = 0.05  # time between two commits while there is enough to do
 MAX_HANGS = 3  # hung calls of one stage after which the rest of its items fail without being tried
 
 Call: TypeAlias = tuple[Any, Callable[[], Any]]
@@ -132,11 +135,8 @@ class Executor(Protocol):
     def submit(self, lane: str, key: Any, call: Callable[[], Any]) -> None:
         """Run `call` in a lane (`work` or `inference`)."""
 
-    def next(self) -> Event:
-        """The next finished call; blocks."""
-
-    def finished(self) -> Iterator[Event]:
-        """Calls that have finished by now; does not block."""
+    def finished(self, within_s: float) -> list[Event]:
+        """Calls that have finished; waits for one, at most so many seconds."""
 
     def close(self) -> None:
         """Stop; calls not started are dropped."""
@@ -168,16 +168,12 @@ class Serial:
         """Queue the call."""
         self._calls.append((key, call))
 
-    def next(self) -> Event:
+    def finished(self, within_s: float) -> list[Event]:  # noqa: ARG002 - it does not wait
         """Run the oldest queued call; an interrupt from the keyboard stops the batch."""
         event = _timed(*self._calls.popleft())
         if isinstance(event.error, KeyboardInterrupt):
             raise event.error
-        return event
-
-    def finished(self) -> Iterator[Event]:
-        """None: a call runs when it is waited for."""
-        return iter(())
+        return [event]
 
     def close(self) -> None:
         """Drop what is queued."""
@@ -272,18 +268,21 @@ class Threads:
         """Run the call in its lane."""
         self._lanes[lane].submit(key, call)
 
-    def next(self) -> Event:
-        """Wait for a call to finish, or for one to be overdue."""
+    def finished(self, within_s: float) -> list[Event]:
+        """Wait for calls to finish, or for one to be overdue."""
+        end = time.monotonic() + within_s
         while True:
+            wait_s = min(end - time.monotonic(), *(lane.left_s() for lane in self._lanes.values()))
             with suppress(Empty):
-                return self._events.get(timeout=min(lane.left_s() for lane in self._lanes.values()))
+                return [self._events.get(timeout=max(0.0, wait_s)), *self._more()]
             for lane in self._lanes.values():
                 if (overdue := lane.abandon()) is not None:
                     self.hung += 1
-                    return overdue
+                    return [overdue]
+            if time.monotonic() >= end:
+                return []
 
-    def finished(self) -> Iterator[Event]:
-        """Answers that are there."""
+    def _more(self) -> Iterator[Event]:
         with suppress(Empty):
             while True:
                 yield self._events.get_nowait()
@@ -423,6 +422,7 @@ class _Batch:
         self.claimed: dict[tuple[str, str], Claim] = {}
         self.ending: list[tuple[Task, How, Ending, Product | None]] = []
         self.previews = Counter[str]()
+        self.recorded_at = 0.0
         self.working = self.inferring = self.unanswered = 0
         self.settled: deque[Result] = deque()
         self.progress = Progress(items=len(items), tasks=len(items) * len(self.stages))
@@ -445,11 +445,9 @@ class _Batch:
                 if self.settled or self.ready or self._can_admit():
                     continue
                 raise RuntimeError("the batch engine has items in flight but nothing to do")
-            self._handle(self.executor.next())
-            for event in self.executor.finished():
+            for event in self.executor.finished(COMMIT_S if self.ending or self.claiming else math.inf):
                 self._handle(event)
             self._dispatch()
-            self._record()
             self.report(self.progress)
 
     def close(self) -> None:
@@ -469,9 +467,15 @@ class _Batch:
     def _advance(self) -> None:
         while self._can_admit() and self._has_room():
             self._admit(self.waiting.popleft())
-        self._record()
         self._dispatch()
-        self._record()  # of a stage that was given up, a task fails instead of being handed on
+        while (self.ending or self.claiming) and self._is_due():
+            self._record()
+            self._dispatch()
+
+    def _is_due(self) -> bool:
+        """Whether to write down what has ended: a thread may run out of work, or it has been a while."""
+        is_hungry = not self.ready and self.working <= self.settings.prepare_threads
+        return is_hungry or self.working + self.inferring == 0 or time.monotonic() - self.recorded_at >= COMMIT_S
 
     def _dispatch(self) -> None:
         """Keep the background threads busy."""
@@ -801,6 +805,7 @@ class _Batch:
                 self._end()
             else:
                 self._claim()
+        self.recorded_at = time.monotonic()
 
     def _end(self) -> None:
         """Commit what has ended."""

@@ -498,7 +498,7 @@ from media_assets.engine import Threads
 threads = Threads(1, 0.2)
 threads.submit("inference", "hung", threading.Event().wait)
 threads.submit("inference", "next", lambda: 42)
-events = [threads.next(), threads.next()]
+events = [*threads.finished(60), *threads.finished(60)]
 threads.close()
 print([(event.key, type(event.error).__name__, event.value) for event in events], threads.hung)
 """
