@@ -1,4 +1,4 @@
-"""The processors of this machine: its cores, which GPUs there are, and which of them a process works on."""
+"""The GPUs of this machine: which there are, and which of them a process works on."""
 
 from __future__ import annotations
 
@@ -174,14 +174,6 @@ def _unlock(connection: sa.Connection, devices: Sequence[Device]) -> None:
 def _key(device: Device) -> int:
     digest = hashlib.blake2b(device.uuid.encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big", signed=True)
-
-
-def usable_cpus() -> int:
-    """Cores this process may use: those it is bound to, at most OMP_NUM_THREADS, by which Ray tells its workers."""
-    affinity = getattr(os, "sched_getaffinity", None)  # not every system knows it
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    told = os.environ.get("OMP_NUM_THREADS", "")
-    return min(cores, int(told)) if told.isdecimal() and int(told) else cores
 
 
 def for_torch(wanted: str) -> str:

@@ -1,4 +1,4 @@
-"""What is true of this process as a whole."""
+"""What is true of this process as a whole, and what its helper processes are started with."""
 
 from __future__ import annotations
 
@@ -34,6 +34,14 @@ def die_with(parent: int) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, SIGKILL)
     if os.getppid() != parent:
         sys.exit(0)
+
+
+def usable_cpus() -> int:
+    """Cores this process may use: those it is bound to, at most OMP_NUM_THREADS, by which Ray tells its workers."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not every system knows it
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    return min(cores, int(told)) if told.isdecimal() and int(told) else cores
 
 
 def note_hung(calls: int) -> None:

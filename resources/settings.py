@@ -11,6 +11,8 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
+from resources.process import usable_cpus
+
 HOME_VARIABLE = "MEDIA_HOME"
 _NAME = r"^[a-z][a-z0-9_]*$"
 
@@ -31,6 +33,10 @@ class Limits(_Section):
     decode_memory_bytes: int = Field(4 * 2**30, gt=0, description="address space of one decoder process, bytes")
 
 
+def _decoders() -> int:
+    return min(max(2, usable_cpus()), 8)
+
+
 class Decoding(_Section):
     """What the decode group keeps of a file."""
 
@@ -38,7 +44,9 @@ class Decoding(_Section):
     still_change: float = Field(12.0, gt=0, description="mean absolute 48x27 RGB change (0-255) that makes a still")
     still_max_side: int = Field(1280, gt=0, description="longest side of a video still, pixels")
     image_max_side: int = Field(2560, gt=0, description="longest side of an image's still, pixels")
-    workers: int = Field(2, ge=1, description="decoder processes")
+    workers: int = Field(
+        default_factory=_decoders, ge=1, description="decoder processes; by default one per core, 2 to 8"
+    )
 
 
 class Engine(_Section):
@@ -47,7 +55,11 @@ class Engine(_Section):
     batch_items: int = Field(200, ge=1, description="media items per batch")
     window: int = Field(24, ge=1, description="items in flight at once")
     max_units: int = Field(512, ge=1, description="model inputs held in memory at once, across items")
-    prepare_threads: int = Field(2, ge=1, description="background threads for prepare and assemble")
+    prepare_threads: int = Field(
+        default_factory=lambda: _decoders() + 1,
+        ge=1,
+        description="background threads for prepare and assemble; by default one per core and one more, 3 to 9",
+    )
     max_attempts: int = Field(3, ge=1, description="attempts before an item is quarantined")
     retry_base_s: float = Field(30.0, ge=0, description="first retry delay, seconds; doubles per attempt, with jitter")
     infer_timeout_s: float = Field(

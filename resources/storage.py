@@ -155,7 +155,7 @@ class _Recent:
     def __init__(self, most_bytes: int) -> None:
         self._most = most_bytes
         self._held = 0
-        self._tables: OrderedDict[Key, tuple[Mark, pa.Table]] = OrderedDict()
+        self._tables: OrderedDict[Key, tuple[Mark, pa.Table, int]] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, key: Key, mark: Mark) -> pa.Table | None:
@@ -172,12 +172,13 @@ class _Recent:
 
     def keep(self, key: Key, mark: Mark, table: pa.Table) -> None:
         """Keep a table, in place of the one of its key and of those used longest ago; not one that fills the place."""
+        size = table.nbytes
         with self._lock:
             self._drop(key)
-            if table.nbytes > self._most // LARGE:
+            if size > self._most // LARGE:
                 return
-            self._tables[key] = (mark, table)
-            self._held += table.nbytes
+            self._tables[key] = (mark, table, size)
+            self._held += size
             while self._held > self._most:
                 self._drop(next(iter(self._tables)))
 
@@ -189,7 +190,7 @@ class _Recent:
 
     def _drop(self, key: Key) -> None:
         if (found := self._tables.pop(key, None)) is not None:
-            self._held -= found[1].nbytes
+            self._held -= found[2]
 
 
 def _name(media_id: str, side: str) -> str:

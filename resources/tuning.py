@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from resources.devices import kind, usable_cpus
+from resources.devices import kind
 from resources.errors import MediaError
 from resources.models.registry import ModelSpec
+from resources.process import usable_cpus
 from resources.settings import Settings
 
 FILE = "tuning.json"

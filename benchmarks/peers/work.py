@@ -58,12 +58,12 @@ class Speech:
     answer = pa.struct([("text", pa.string())])
 
     def __init__(self, models: ModelRegistry, threads: int) -> None:
-        from resources import devices
+        from resources import process
         from resources.models import whisper
         from resources.models.vad import SpeechDetector
 
         # The adapter takes every core, which two workers beside each other must not.
-        devices.usable_cpus = lambda: threads
+        process.usable_cpus = lambda: threads
         spec = models.spec("asr", "whisper-base")
         self._recogniser = whisper.WhisperRecogniser(spec, whisper.load_network(spec, models.cache))
         self._detector = SpeechDetector(models.spec("vad"), models.cache)

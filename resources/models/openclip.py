@@ -22,6 +22,7 @@ from resources.models.openclip_offline import (
 from resources.models.registry import ModelSpec
 from resources.models.towers import Picture, Towers, Vectors
 from resources.models.weights import locate
+from resources.process import usable_cpus
 
 SPECIAL_TOKENS = 2
 """Start and end of text, which every tokenizer adds."""
@@ -131,7 +132,7 @@ def _towers(spec: ModelSpec, weights: Mapping[str, Path], cache: Path, threads: 
         from resources.models.openclip_onnx import OnnxTowers
 
         folder = offline_checkpoint(weights, spec, cache, unread=(CHECKPOINT,))
-        return OnnxTowers(folder, threads or devices.usable_cpus())
+        return OnnxTowers(folder, threads or usable_cpus())
     from resources.models.openclip_torch import TorchTowers
 
     folder = offline_checkpoint(weights, spec, cache, unread=ONNX) if offline else _folder(weights, spec)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
-from resources import devices
+from resources import process
 from resources.errors import ModelFailed, ModelUnavailable
 from resources.models.registry import ModelSpec
 from resources.models.weights import locate
@@ -134,7 +134,7 @@ def load_network(spec: ModelSpec, cache: Path) -> WhisperNetwork:
     if wanted == "cuda" and not cuda:
         raise ModelUnavailable(f"Model {spec.name} wants a GPU, there is none.", 'Set its device to "auto".')
     device = "cuda" if cuda else "cpu"
-    cpus = devices.usable_cpus()  # CTranslate2's own default of four threads oversubscribes small machines
+    cpus = process.usable_cpus()  # CTranslate2's own default of four threads oversubscribes small machines
     workers = 1 if cuda else min(cpus, WORKERS)
     model = WhisperModel(
         str(weights["model.bin"].parent),
