@@ -294,7 +294,8 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.engine.window < self.engine.prepare_threads:
+        is_chosen = "prepare_threads" in self.engine.model_fields_set  # else it follows the cores
+        if is_chosen and self.engine.window < self.engine.prepare_threads:
             raise ValueError("engine.window must be at least engine.prepare_threads, or threads would idle")
         queue = self.ingestion.queue_url
         if queue is not None and queue == self.ingestion.dead_letter_url:

@@ -38,7 +38,7 @@ from resources.library import Library
 from resources.outcomes import EVALUATION
 from resources.records import purges
 from resources.registry import Removal, Upload, discover
-from resources.settings import Settings
+from resources.settings import Engine, Settings
 from resources.views import query
 from tests.shelf import fill, put, rebuild
 
@@ -115,7 +115,8 @@ def home(server_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     (folder / "one_copy.jpg").write_bytes((folder / "one.jpg").read_bytes())
     (folder / "broken.jpg").write_bytes((folder / "two.jpg").read_bytes()[:300])
     (folder / "notes.txt").write_bytes((SAMPLES / "notes.txt").read_bytes())
-    library = Library(Settings(home=tmp_path_factory.mktemp("home"), database_url=url))
+    one_by_one = Engine(prepare_threads=1)  # so that the copy is made from the original, which comes first
+    library = Library(Settings(home=tmp_path_factory.mktemp("home"), database_url=url, engine=one_by_one))
     environment = {key: os.environ.get(key) for key in ("DAGSTER_HOME", "MEDIA_DATABASE_URL", "MEDIA_HOME")}
     found = [upload for upload in discover([folder]) if isinstance(upload, Upload)]
     with open_instance(library) as instance:

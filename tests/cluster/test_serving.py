@@ -31,7 +31,7 @@ from resources.storage import DerivedStore
 from tests.cluster.ray_cluster import Cluster
 from tests.cluster.served_stages import Greedy, Newer, Obedient, Order, Other, ServedNumbers
 
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 
 
 @pytest.fixture(scope="module")
