@@ -61,9 +61,10 @@ def server_url(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def model_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home folder whose model cache the whole session shares: weights are joined and built once."""
-    home = tmp_path_factory.mktemp("models")
-    (home / "models").mkdir()
+    """A home folder whose model cache the whole session shares, all its processes: weights are built once."""
+    base = tmp_path_factory.getbasetemp()
+    home = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "model-home"
+    (home / "models").mkdir(parents=True, exist_ok=True)
     return home
 
 
