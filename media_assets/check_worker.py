@@ -18,12 +18,16 @@ from resources.errors import printable
 from resources.faults import fault
 from resources.process import die_with
 
+NICENESS = 10
+"""It gives way to the step's work, beside which it imports: nobody waits for it before that is done."""
+
 
 def main(parent: int) -> None:
     """Serve requests until the parent closes the pipe."""
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not get between the answers
     die_with(parent)
+    os.nice(NICENESS)
     fault("checker.start")
     from media_assets import expectations
 
