@@ -199,10 +199,21 @@ def _name(media_id: str, side: str) -> str:
 
 def _parquet(table: pa.Table) -> pa.Buffer:
     # Pictures and sound are compressed as they are, and a few rows repeat too little for a dictionary.
-    packed = {entry.name: "none" if pa.types.is_binary(entry.type) else COMPRESSION for entry in table.schema}
+    packed = dict(leaf for entry in table.schema for leaf in _packed(entry.name, entry.type))
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression=packed, use_dictionary=table.num_rows >= DICTIONARY_ROWS)
     return sink.getvalue()
+
+
+def _packed(path: str, kind: pa.DataType) -> Iterator[tuple[str, str]]:
+    """Path in Parquet's schema of a column, or of those it is made of, and how each is compressed."""
+    if pa.types.is_list(kind):
+        yield from _packed(f"{path}.list.element", kind.value_type)
+    elif pa.types.is_struct(kind):
+        for part in kind:
+            yield from _packed(f"{path}.{part.name}", part.type)
+    else:
+        yield path, "none" if pa.types.is_binary(kind) else COMPRESSION
 
 
 @lru_cache(64)

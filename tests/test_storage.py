@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from media_assets import schemas
@@ -70,3 +71,15 @@ def test_memory_for_tables_is_bounded(tmp_path: Path) -> None:
     assert [key[1] for key in store._recent._tables] == ["d", "e", "f"]
     assert store._recent._held == 3 * size
     assert store.read("numbers", "a") == numbers(*range(11))
+
+
+@pytest.mark.parametrize(("asset", "side"), TABLES)
+def test_all_but_encoded_bytes_is_compressed(tmp_path: Path, asset: str, side: str) -> None:
+    """Given any table of the project, then every column is compressed once: pictures and sound as they came."""
+    store = DerivedStore(tmp_path)
+    fields = [field.with_nullable(True) for field in TABLES[asset, side]]
+    store.write(asset, "a", pa.table([pa.nulls(2, field.type) for field in fields], schema=pa.schema(fields)), side)
+    group = pq.ParquetFile(str(store.path(asset, "a", side))).metadata.row_group(0)
+    columns = [group.column(index) for index in range(group.num_columns)]
+    plain = {column.path_in_schema for column in columns if column.compression != "ZSTD"}
+    assert plain == {field.name for field in fields if pa.types.is_binary(field.type)}
