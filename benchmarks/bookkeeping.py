@@ -129,7 +129,7 @@ def ours(library: Library, instance: dg.DagsterInstance, keys: Sequence[str]) ->
     )
     job = definitions.resolve_job_def("bare")
     clock = Clock()
-    for method in ("claim", "succeed", "load"):
+    for method in ("claim_many", "end", "load"):
         clock.wrap(library.outcomes, method, "records")
     clock.wrap(instance, "get_latest_storage_id_by_partition", "provenance")
     clock.wrap(instance.event_log_storage, "store_event_batch", "events")
@@ -146,7 +146,7 @@ def ours(library: Library, instance: dg.DagsterInstance, keys: Sequence[str]) ->
     )
     work["whole"] = time.perf_counter() - start
     assert result.success
-    for name in ("claim", "succeed", "load"):
+    for name in ("claim_many", "end", "load"):
         delattr(library.outcomes, name)
     delattr(library.store, "write")
     delattr(instance, "get_latest_storage_id_by_partition")
