@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from media_assets.check_report import CheckReport
 from resources.errors import printable
-from resources.process import helper_environment
+from resources.process import fate, helper_environment
 
 EXIT_WAIT_S = 2.0
 _SAID_CHARACTERS = 2_000
@@ -147,7 +147,8 @@ class _Process:
                 raise TimeoutError(
                     f"The checker process gave no answer on {asset} within {limit_s:g} s (engine.infer_timeout_s)."
                 )
-            raise CheckerDied(f"The checker process died on the rows of {asset} ({self._fate()}).{self._last_words()}")
+            how = fate(self._child, EXIT_WAIT_S)
+            raise CheckerDied(f"The checker process died on the rows of {asset} ({how}).{self._last_words()}")
         if words := self._last_words():
             _log.warning("The checker process answered on %s, and%s", asset, words)
         return json.loads(answer)  # type: ignore[no-any-return]
@@ -162,13 +163,6 @@ class _Process:
     def _give_up(self) -> None:
         self._late.set()
         self._child.kill()
-
-    def _fate(self) -> str:
-        try:
-            code = self._child.wait(EXIT_WAIT_S)
-        except subprocess.TimeoutExpired:
-            return "closed its pipe"
-        return f"signal {-code}" if code < 0 else f"exit code {code}"
 
     def _last_words(self) -> str:
         """What it wrote to its standard error since the last answer, at most its end; empty for nothing."""

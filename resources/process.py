@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -34,6 +35,15 @@ def die_with(parent: int) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, SIGKILL)
     if os.getppid() != parent:
         sys.exit(0)
+
+
+def fate(child: subprocess.Popen[bytes], wait_s: float) -> str:
+    """How a helper process that answers no more came to its end, as far as is known within `wait_s` seconds."""
+    try:
+        code = child.wait(wait_s)
+    except subprocess.TimeoutExpired:
+        return "closed its pipe"
+    return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
 def usable_cpus() -> int:

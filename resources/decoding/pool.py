@@ -28,7 +28,7 @@ from resources.decoding.protocol import (
 )
 from resources.errors import DecoderCrashed, DecodeTimeout, MediaError
 from resources.heartbeat import beat
-from resources.process import helper_environment
+from resources.process import fate, helper_environment
 
 START_TIMEOUT_S = 120.0
 LISTEN_S = 1.0
@@ -259,15 +259,8 @@ class _Process:
                 raise DecodeTimeout("Decoding the file made no progress in the time it is given.")
             chunk = self._answers.read(READ_BYTES)
             if chunk == b"":
-                raise DecoderCrashed(f"The decoder process died on the file ({self._fate()}).")
+                raise DecoderCrashed(f"The decoder process died on the file ({fate(self._child, EXIT_WAIT_S)}).")
             self._buffer += chunk or b""
         taken = bytes(self._buffer[:size])
         del self._buffer[:size]
         return taken
-
-    def _fate(self) -> str:
-        try:
-            code = self._child.wait(EXIT_WAIT_S)
-        except subprocess.TimeoutExpired:
-            return "closed its pipe"
-        return f"signal {-code}" if code < 0 else f"exit code {code}"
