@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from resources.errors import printable
 from resources.faults import fault
-from resources.process import die_with
+from resources.process import die_with, give_way
 
 NICENESS = 10
 """It gives way to the step's work, beside which it imports: nobody waits for it before that is done."""
@@ -27,7 +27,7 @@ def main(parent: int) -> None:
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not get between the answers
     die_with(parent)
-    os.nice(NICENESS)
+    give_way(NICENESS)
     fault("checker.start")
     from media_assets import expectations
 

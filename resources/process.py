@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from resources import faults
@@ -35,6 +36,16 @@ def die_with(parent: int) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, SIGKILL)
     if os.getppid() != parent:
         sys.exit(0)
+
+
+def give_way(niceness: int) -> None:
+    """Lower this process' priority by `niceness`, and that of its session too where Linux shares cores by session.
+
+    With `sched_autogroup` a process of another session competes as its whole session does, whatever its own niceness.
+    """
+    os.nice(niceness)
+    with suppress(OSError):  # no such file, or the session is in a control group and its niceness counts
+        Path("/proc/self/autogroup").write_text(str(niceness))
 
 
 def fate(child: subprocess.Popen[bytes], wait_s: float) -> str:
