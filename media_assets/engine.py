@@ -57,6 +57,7 @@ from resources.settings import Settings
 from resources.storage import DerivedStore
 
 LANE_DEPTH = 2  # micro-batches handed to the inference thread: one running, one waiting
+IN_FLIGHT = 24  # items in flight at least, where `engine.window` is not set
 COMMIT_S = 0.05  # time between two commits while there is enough to do
 MAX_HANGS = 3  # hung calls of one stage after which the rest of its items fail without being tried
 
@@ -414,6 +415,9 @@ class _Batch:
         self.ready: deque[Task] = deque()
         self.queued: dict[str, deque[tuple[Task, Unit[Any]]]] = {stage.name: deque() for stage in self.stages}
         self.caps = {stage.name: stage.units_per_call(engine._scale) for stage in self.stages}
+        # Items of one unit each keep the inference thread busy when one more micro-batch is in preparation.
+        filling = (LANE_DEPTH + 1) * max(self.caps.values(), default=0)
+        self.window = self.settings.window or max(IN_FLIGHT, self.settings.prepare_threads, filling)
         self.loaded: dict[str, Failure | None] = {}
         self.hangs = Counter[str]()
         self.given_up: dict[str, Failure] = {}
@@ -462,7 +466,7 @@ class _Batch:
     # -- scheduling -----------------------------------------------------------------------------------
 
     def _can_admit(self) -> bool:
-        return bool(self.waiting) and len(self.flights) < self.settings.window
+        return bool(self.waiting) and len(self.flights) < self.window
 
     def _advance(self) -> None:
         while self._can_admit() and self._has_room():

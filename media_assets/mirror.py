@@ -10,6 +10,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import dagster as dg
 from dagster import DagsterEvent, DagsterEventType, EventLogEntry
@@ -29,7 +30,10 @@ Build = Callable[[Result, Mapping[str, str]], dg.AssetMaterialization]
 
 
 class Mirror:
-    """Collects the finished results of one step and writes them, inputs before what was made from them."""
+    """Collects the finished results of one step and writes them, inputs before what was made from them.
+
+    A thread of its own writes, one lot at a time: the caller has the step's work to hand out meanwhile.
+    """
 
     def __init__(
         self, context: dg.OpExecutionContext, order: Sequence[str], provenance: Provenance, build: Build
@@ -43,27 +47,42 @@ class Mirror:
         self._build = build
         self._kept: list[tuple[float, Result]] = []
         self._since = time.monotonic()
+        self._writer = ThreadPoolExecutor(1, "mirror")
+        self._writing: Future[None] | None = None
 
     def add(self, result: Result) -> None:
-        """Keep a finished result; writes when there are many or it has been a while."""
+        """Keep a finished result; has them written when there are many or it has been a while.
+
+        Raises what the lot before ended with.
+        """
         self._kept.append((time.time(), result))
         if len(self._kept) >= MOST or time.monotonic() - self._since >= LONGEST_S:
-            self.flush()
+            self._flush()
 
-    def flush(self) -> None:
-        """Write what is kept."""
+    def close(self) -> None:
+        """Write what is left, and wait for it."""
+        with self._writer:
+            self._flush()
+            self._written()
+
+    def _flush(self) -> None:
+        self._written()
         kept, self._kept = self._kept, []
+        self._writing = self._writer.submit(self._write, kept)
+        self._since = time.monotonic()
+
+    def _written(self) -> None:
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write(self, kept: Sequence[tuple[float, Result]]) -> None:
         for asset in self._order:
             chosen = [(at, result) for at, result in kept if result.asset == asset]
             if chosen:
                 tags = self._provenance.tags([result for _, result in chosen])
                 made = [(at, self._build(result, tags[result.media_id])) for at, result in chosen]
                 self._instance.event_log_storage.store_event_batch([self._entry(at, m) for at, m in made])
-        self._since = time.monotonic()
-
-    def close(self) -> None:
-        """Write what is left."""
-        self.flush()
 
     def _entry(self, at: float, materialization: dg.AssetMaterialization) -> EventLogEntry:
         event = DagsterEvent(

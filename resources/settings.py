@@ -53,7 +53,11 @@ class Engine(_Section):
     """How the batch engine runs."""
 
     batch_items: int = Field(200, ge=1, description="media items per batch")
-    window: int = Field(24, ge=1, description="items in flight at once")
+    window: int | None = Field(
+        None,
+        ge=1,
+        description="items in flight at once; by default three micro-batches of the group's stages, at least 24",
+    )
     max_units: int = Field(512, ge=1, description="model inputs held in memory at once, across items")
     prepare_threads: int = Field(
         default_factory=lambda: _decoders() + 1,
@@ -295,7 +299,8 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         is_chosen = "prepare_threads" in self.engine.model_fields_set  # else it follows the cores
-        if is_chosen and self.engine.window < self.engine.prepare_threads:
+        window = self.engine.window
+        if is_chosen and window is not None and window < self.engine.prepare_threads:
             raise ValueError("engine.window must be at least engine.prepare_threads, or threads would idle")
         queue = self.ingestion.queue_url
         if queue is not None and queue == self.ingestion.dead_letter_url:

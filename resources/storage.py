@@ -22,6 +22,8 @@ from resources.object_store import is_s3, put_bytes
 COMPRESSION = "zstd"
 PART_BYTES = 16 * 2**20
 DICTIONARY_ROWS = 64
+PLAIN_BYTES = 16_384
+"""A table below this size with few rows is stored as it is: what compression saves is less than what it adds."""
 RECENT_BYTES = 128 * 2**20
 """Memory for the tables lately written and read, bytes."""
 
@@ -199,10 +201,21 @@ def _name(media_id: str, side: str) -> str:
 
 def _parquet(table: pa.Table) -> pa.Buffer:
     # Pictures and sound are compressed as they are, and a few rows repeat too little for a dictionary.
-    packed = dict(leaf for entry in table.schema for leaf in _packed(entry.name, entry.type))
+    many = table.num_rows >= DICTIONARY_ROWS
+    packed = _compression(table.schema) if many or _bare_bytes(table) > PLAIN_BYTES else "none"
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression=packed, use_dictionary=table.num_rows >= DICTIONARY_ROWS)
+    pq.write_table(table, sink, compression=packed, use_dictionary=many)
     return sink.getvalue()
+
+
+def _bare_bytes(table: pa.Table) -> int:
+    """Bytes of all columns but pictures and sound."""
+    return sum(column.nbytes for column in table.itercolumns() if not pa.types.is_binary(column.type))
+
+
+@lru_cache(64)
+def _compression(schema: pa.Schema) -> dict[str, str]:
+    return dict(leaf for entry in schema for leaf in _packed(entry.name, entry.type))
 
 
 def _packed(path: str, kind: pa.DataType) -> Iterator[tuple[str, str]]:

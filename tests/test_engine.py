@@ -94,6 +94,20 @@ def test_micro_batches_span_items_and_are_keyed(bench: Bench) -> None:
     assert any(len({unit.split("/")[0] for unit in batch}) > 1 for batch in stages[0].batches)
 
 
+def test_items_of_one_unit_fill_large_micro_batches(bench: Bench) -> None:
+    """Given a micro-batch larger than items are usually in flight, then those of one unit each fill it all the same."""
+
+    class Photos(Numbers):
+        micro_batch = 32
+
+        def values(self, inputs: Inputs) -> list[int]:
+            return super().values(inputs)[:1]
+
+    stages = bench.stages(kinds=[Photos])
+    bench.run(items(*(f"item-{number:03}" for number in range(128))), stages)
+    assert [len(batch) for batch in stages[0].batches] == [32] * 4
+
+
 def test_a_unit_that_breaks_the_model_is_isolated(bench: Bench) -> None:
     """Given a model that raises whenever one item is in the micro-batch, then only that item fails."""
 

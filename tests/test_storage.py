@@ -10,7 +10,7 @@ import pytest
 
 from media_assets import schemas
 from resources import storage
-from resources.storage import LARGE, DerivedStore
+from resources.storage import DICTIONARY_ROWS, LARGE, PLAIN_BYTES, DerivedStore
 
 TABLES = {(asset, ""): schema for asset, schema in schemas.PER_MEDIA.items()} | {
     (asset, side): schema for asset, sides in schemas.SIDES.items() for side, schema in sides.items()
@@ -75,11 +75,23 @@ def test_memory_for_tables_is_bounded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("asset", "side"), TABLES)
 def test_all_but_encoded_bytes_is_compressed(tmp_path: Path, asset: str, side: str) -> None:
-    """Given any table of the project, then every column is compressed once: pictures and sound as they came."""
+    """Given a table of many rows, then every column is compressed once: pictures and sound as they came."""
     store = DerivedStore(tmp_path)
     fields = [field.with_nullable(True) for field in TABLES[asset, side]]
-    store.write(asset, "a", pa.table([pa.nulls(2, field.type) for field in fields], schema=pa.schema(fields)), side)
+    rows = pa.table([pa.nulls(DICTIONARY_ROWS, field.type) for field in fields], schema=pa.schema(fields))
+    store.write(asset, "a", rows, side)
     group = pq.ParquetFile(str(store.path(asset, "a", side))).metadata.row_group(0)
     columns = [group.column(index) for index in range(group.num_columns)]
     plain = {column.path_in_schema for column in columns if column.compression != "ZSTD"}
     assert plain == {field.name for field in fields if pa.types.is_binary(field.type)}
+
+
+@pytest.mark.parametrize(("text", "compression"), [("short", "UNCOMPRESSED"), ("long " * PLAIN_BYTES, "ZSTD")])
+def test_a_few_rows_are_compressed_where_it_pays(tmp_path: Path, text: str, compression: str) -> None:
+    """Given two rows, then they are stored as they are, unless what is to be compressed is large."""
+    store = DerivedStore(tmp_path)
+    written = pa.table({"text": [text, text], "image": [bytes(2 * PLAIN_BYTES)] * 2})
+    store.write("texts", "a", written)
+    columns = pq.ParquetFile(str(store.path("texts", "a"))).metadata.row_group(0)
+    assert [columns.column(at).compression for at in range(2)] == [compression, "UNCOMPRESSED"]
+    assert DerivedStore(tmp_path).read("texts", "a") == written
