@@ -25,14 +25,17 @@ from resources.registry import (
     walk,
 )
 from resources.settings import Ingestion
+from sensors.folder_leases import stat_if_closed
 
 MANY = 100
 """More files than this gone at once look like a disk that is not there."""
 CANDIDATES = 10_000
-"""New and changed files that are watched for being finished at once; the rest has its turn in the next looks."""
+"""New and changed files that are watched for being finished, or taken in their first look, at once; the rest has its
+turn in the next looks."""
 _CONFIRMATIONS = 2
 _CLOCK_EVERY = 1000
 _DIGEST = 12  # digits of `version_digest`
+_SECOND_NS = 1_000_000_000
 _TEMPORARY = (
     "~", ".part", ".partial", ".crdownload", ".download", ".tmp", ".temp", ".filepart", ".opdownload", ".swp",
 )  # fmt: skip
@@ -103,8 +106,8 @@ def look(folders: Sequence[str], registry: Registry, memory: Memory, settings: I
     """Compare `folders` (see `watched`) with the registry at `now`, seconds since the epoch.
 
     New and changed files count once they were seen the same for `folder_quiet_s`, and neither content nor
-    inode changed within it. A file is gone when it is not there although everything above it could be
-    listed; `_believed` says when many at once are.
+    inode changed within it; new ones already when `_is_closed` says so. A file is gone when it is not there
+    although everything above it could be listed; `_believed` says when many at once are.
     """
     seen = _Scan(time.monotonic() + settings.tick_budget_s)
     known: dict[str, dict[str, str]] = {}
@@ -112,7 +115,7 @@ def look(folders: Sequence[str], registry: Registry, memory: Memory, settings: I
         known[folder] = _known_below(registry, folder)
         seen.scan(folder, known[folder])
     found = Look(files=len(seen.uris), problems=seen.problems)
-    _settle(found, seen.changed, registry, memory, settings, now)
+    _settle(found, seen, registry, memory, settings, now)
     if seen.late:
         found.holds = dict(memory.holds)
         found.warnings.append(
@@ -130,11 +133,16 @@ def look(folders: Sequence[str], registry: Registry, memory: Memory, settings: I
 
 
 class _Scan:
-    """The files below several folders, compared with what is known."""
+    """The files below several folders, compared with what is known.
+
+    `changed` has new and changed files by their version digests, `replacing` the digests of those whose path is
+    registered with another version.
+    """
 
     def __init__(self, deadline: float) -> None:
         self.uris: set[str] = set()
         self.changed: list[tuple[str, LocalFile]] = []
+        self.replacing: set[str] = set()
         self.problems: list[Problem] = []
         self.late = False
         self._deadline = deadline
@@ -154,6 +162,8 @@ class _Scan:
                 digest = version_digest(uri, entry.etag)
                 if not known.get(uri, "").endswith(digest):
                     self.changed.append((digest, entry))
+                    if uri in known:
+                        self.replacing.add(digest)
 
 
 def is_temporary(path: str) -> bool:
@@ -169,7 +179,7 @@ def _known_below(registry: Registry, folder: str) -> dict[str, str]:
 
 def _settle(
     found: Look,
-    changed: Sequence[tuple[str, LocalFile]],
+    seen: _Scan,
     registry: Registry,
     memory: Memory,
     settings: Ingestion,
@@ -178,13 +188,14 @@ def _settle(
     """Sort changed files into finished ones and those that may still be written to."""
     first_seen = memory.first_seen()
     moment = datetime.fromtimestamp(now, UTC)
-    uploads = {digest: file.upload(moment) for digest, file in changed}
+    uploads = {digest: file.upload(moment) for digest, file in seen.changed}
     states = registry.known([upload.media_id for upload in uploads.values()])
     # A purged version stays purged, however long its file lies there.
-    open_files = [(d, file) for d, file in changed if states.get(uploads[d].media_id) != "purged"]
+    open_files = [(d, file) for d, file in seen.changed if states.get(uploads[d].media_id) != "purged"]
     open_files.sort(key=lambda entry: entry[0] not in first_seen)  # stable: waiting ones first, then by name
+    at_once = 0
     for place, (digest, file) in enumerate(open_files):
-        if len(found.unsettled) >= CANDIDATES:
+        if len(found.unsettled) + at_once >= CANDIDATES:
             found.deferred = len(open_files) - place
             return
         since = min(first_seen.get(digest, now), now)
@@ -192,8 +203,33 @@ def _settle(
         quiet = min(now - since, _age(file, now)) >= settings.folder_quiet_s
         if was_seen and quiet:
             found.new.append(uploads[digest])
+        elif digest not in seen.replacing and _is_closed(file, settings, now):
+            found.new.append(uploads[digest])
+            at_once += 1
         else:
             found.unsettled[digest] = since
+
+
+def _is_closed(file: LocalFile, settings: Ingestion, now: float) -> bool:
+    """Whether the version of `file` that was listed is a finished one, by the word of the kernel.
+
+    It has content, is `folder_closed_s` old by both its times, and nobody has it open for writing. An empty file is
+    often a name that is yet to be filled.
+    """
+    info = file.info
+    if settings.folder_closed_s >= settings.folder_quiet_s or info.st_size == 0:
+        return False
+    # A file system of whole seconds could give the next version the same time, and it would never be seen.
+    if info.st_ctime_ns % _SECOND_NS == 0 or now - max(info.st_mtime, info.st_ctime) < settings.folder_closed_s:
+        return False
+    closed = stat_if_closed(file.path)
+    return closed is not None and _same(closed, info)
+
+
+def _same(one: os.stat_result, other: os.stat_result) -> bool:
+    """Whether nothing was written to a file, and no other put in its place, between two answers of `os.stat`."""
+    names = ("st_dev", "st_ino", "st_size", "st_mtime_ns", "st_ctime_ns")
+    return all(getattr(one, name) == getattr(other, name) for name in names)
 
 
 def _age(file: LocalFile, now: float) -> float:

@@ -17,9 +17,11 @@ from resources.registry import Registry
 from resources.settings import Ingestion, Settings
 from sensors import folder_watch
 from sensors.folder import UNSET, build_folder_sensor
+from sensors.folder_leases import stat_if_closed
 from sensors.folder_watch import Look, Memory, look, watched
 
 QUIET_S = 5.0
+CLOSED_S = 0.5
 HOLD_S = 600.0
 
 
@@ -31,7 +33,9 @@ class Watcher:
     folders: list[str]
     now: float
     memory: Memory = field(default_factory=Memory)
-    settings: Ingestion = field(default_factory=lambda: Ingestion(folder_quiet_s=QUIET_S, folder_hold_s=HOLD_S))
+    settings: Ingestion = field(
+        default_factory=lambda: Ingestion(folder_quiet_s=QUIET_S, folder_closed_s=QUIET_S, folder_hold_s=HOLD_S)
+    )
 
     def look(self, later_s: float = QUIET_S + 1) -> Look:
         """One look, `later_s` seconds after the one before."""
@@ -300,6 +304,155 @@ def test_a_look_is_bounded_in_files_and_time(watcher: Watcher, root: Path, monke
     late = watcher.look()
     assert (late.gone, len(late.warnings)) == ([], 1)
     assert "tick_budget_s" in late.warnings[0]
+
+
+@pytest.fixture
+def quick(watcher: Watcher, root: Path) -> Watcher:
+    """A watcher that takes new files at once when nobody has them open."""
+    probe = root.parent / "probe"
+    probe.write_text("a")
+    if stat_if_closed(str(probe)) is None:
+        pytest.skip("no leases here")
+    watcher.settings = watcher.settings.model_copy(update={"folder_closed_s": CLOSED_S})
+    return watcher
+
+
+def test_a_new_file_that_nobody_has_open_is_taken_in_its_first_look(quick: Watcher, root: Path) -> None:
+    """Given files written and renamed to, then the first look after `folder_closed_s` registers them, once."""
+    (root / "a.txt").write_text("a")
+    (root / "b.txt.part").write_text("b")
+    os.utime(root / "b.txt.part", (1_000_000_000, 1_000_000_000))
+    os.rename(root / "b.txt.part", root / "b.txt")
+    quick.now = os.stat(root / "b.txt").st_ctime
+    assert quick.look(later_s=CLOSED_S / 2).new == []
+    assert len(quick.look(later_s=CLOSED_S).new) == 2
+    assert quick.live() == ["a.txt", "b.txt"]
+    assert (quick.look().new, quick.memory.unsettled) == ([], {})
+
+
+def test_a_file_that_is_open_for_writing_waits_until_it_is_closed(quick: Watcher, root: Path) -> None:
+    """Given a copy that stands still but is not done, then it is registered when it is closed, at its final size."""
+    with open(root / "film.mp4", "wb", buffering=0) as writer:
+        writer.write(b"1")
+        for _ in range(3):
+            assert quick.look(later_s=1).new == []
+        writer.write(b"2")
+        assert quick.look(later_s=QUIET_S + 1).new == []
+    (upload,) = quick.look(later_s=1).new
+    assert upload.bytes == 2
+
+
+def test_a_file_written_in_bursts_has_one_early_version(quick: Watcher, root: Path) -> None:
+    """Given a program that opens, appends and closes again and again, then only its first version is taken at once."""
+    file = root / "film.mp4"
+    taken = []
+    for _ in range(4):
+        with open(file, "ab") as writer:
+            writer.write(b".")
+        taken += [upload.bytes for upload in quick.look(later_s=1).new]
+    assert taken == [1]
+    assert [upload.bytes for upload in quick.look().new] == [4]
+    (row,) = quick.registry.live()
+    assert row["bytes"] == 4
+
+
+def test_an_empty_file_waits_and_is_a_new_one_when_it_is_filled(quick: Watcher, root: Path) -> None:
+    """Given a name without content, then it is not taken at once, and its first content is."""
+    file = root / "film.mp4"
+    file.touch()
+    assert quick.look(later_s=1).new == []
+    assert quick.memory.unsettled
+    file.write_bytes(b"1")
+    assert [upload.bytes for upload in quick.look(later_s=1).new] == [1]
+    file.write_bytes(b"")
+    assert quick.look(later_s=1).new == []
+    assert [upload.bytes for upload in quick.look().new] == [0]
+
+
+@pytest.mark.parametrize("unsure", ["not known", "times in whole seconds", "a time in the future", "switched off"])
+def test_a_file_that_nobody_can_vouch_for_waits(
+    quick: Watcher, root: Path, monkeypatch: pytest.MonkeyPatch, unsure: str
+) -> None:
+    """Given no answer of the kernel, or times that tell nothing, then two looks must see the file the same."""
+    file = root / "film.mp4"
+    file.write_bytes(b"1")
+    if unsure == "not known":
+        monkeypatch.setattr(folder_watch, "stat_if_closed", lambda path: None)
+    elif unsure == "times in whole seconds":
+        monkeypatch.setattr(folder_watch, "_SECOND_NS", 1)  # no file's time is set so on this file system
+    elif unsure == "a time in the future":
+        os.utime(file, (quick.now + 1e6, quick.now + 1e6))
+    else:
+        quick.settings = quick.settings.model_copy(update={"folder_closed_s": QUIET_S})
+    assert quick.look().new == []
+    assert len(quick.look().new) == 1
+
+
+@pytest.mark.parametrize("change", ["grown", "rewritten", "replaced", "removed"])
+def test_a_file_that_changes_between_the_listing_and_the_lease_is_taken_as_it_is_then(
+    quick: Watcher, root: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """Given a file that another writes to once it is listed, then no look takes the version that is no more."""
+    file = root / "film.mp4"
+    file.write_bytes(b"1")
+    old = os.stat(file)
+
+    def late(path: str) -> os.stat_result | None:
+        monkeypatch.undo()
+        while change != "removed" and os.stat(file).st_ctime_ns == old.st_ctime_ns:  # they advance in steps
+            if change == "replaced":
+                file.unlink()
+            file.write_bytes(b"12" if change == "grown" else b"2")
+            if change == "rewritten":
+                os.utime(file, ns=(old.st_atime_ns, old.st_mtime_ns))
+        if change == "removed":
+            file.unlink()
+        return stat_if_closed(path)
+
+    monkeypatch.setattr(folder_watch, "stat_if_closed", late)
+    assert quick.look(later_s=1).new == []
+    etags = [] if change == "removed" else [f"{file.stat().st_size:x}-{file.stat().st_mtime_ns:x}"]
+    assert [upload.etag for upload in quick.look(later_s=1).new] == etags
+    assert [row["etag"] for row in quick.registry.live()] == etags
+
+
+def test_many_new_files_are_taken_in_turn_those_that_waited_first(
+    quick: Watcher, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given more new files than one look takes, then all come in turn, by name behind those that waited."""
+    monkeypatch.setattr(folder_watch, "CANDIDATES", 4)
+    with open(root / "waiting.txt", "wb", buffering=0) as writer:
+        writer.write(b"1")
+        quick.look(later_s=1)
+    fill(root, 10)
+    found = [quick.look(later_s=1) for _ in range(3)]
+    assert [[Path(upload.uri).name for upload in look.new] for look in found] == [
+        ["waiting.txt", "000.txt", "001.txt", "002.txt"],
+        ["003.txt", "004.txt", "005.txt", "006.txt"],
+        ["007.txt", "008.txt", "009.txt"],
+    ]
+    assert [look.deferred for look in found] == [7, 3, 0]
+
+
+def test_the_sensor_takes_a_closed_file_in_one_look_and_leaves_an_open_one(
+    quick: Watcher, library: Library, root: Path, tmp_path: Path
+) -> None:
+    """Given a file done and one being written, when the sensor ticks, then it registers the first alone."""
+    ingestion = Ingestion(folders=(str(root),), folder_quiet_s=3600, folder_closed_s=0.1)
+    sensor = build_folder_sensor(library.settings.model_copy(update={"ingestion": ingestion}))
+    (root / "done.txt").write_text("a")
+    with (
+        open(root / "open.txt", "wb", buffering=0) as writer,
+        dg.DagsterInstance.local_temp(str(tmp_path)) as instance,
+    ):
+        writer.write(b"1")
+        for _ in range(100):  # as long as it takes for both to be old enough
+            with dg.build_sensor_context(instance=instance, resources={"media": library}) as context:
+                result = sensor.evaluate_tick(context)
+            if "1 perhaps still being written" in (result.skip_message or ""):
+                break
+        assert quick.live() == ["done.txt"]
+        assert len(instance.get_dynamic_partitions(MEDIA)) == 1
 
 
 def test_the_sensor_registers_adds_partitions_and_requests_no_runs(
