@@ -50,7 +50,7 @@ def build_planner_sensor(settings: Settings, jobs: Sequence[Any]) -> dg.SensorDe
 def _decide(
     context: dg.SensorEvaluationContext, library: Library, planner: Planner
 ) -> tuple[dg.SensorResult | dg.SkipReason, bool]:
-    """What to launch now, and whether the system is idle: nothing in flight and nothing that waits."""
+    """What to launch now, and whether the system is idle: nothing in flight and no item with work left."""
     lost_requests = follow(library, context.instance)
     tick = planner.tick()
     for line in tick.explanations:
@@ -64,7 +64,7 @@ def _decide(
     if is_quiet and (rebuild := rebuild_request(library)) is not None:
         context.log.info("rebuild: the library changed and nothing is in flight")
         return dg.SensorResult(run_requests=[rebuild]), False
-    return dg.SkipReason("; ".join(tick.explanations)), is_quiet and not tick.looked_at
+    return dg.SkipReason("; ".join(tick.explanations)), is_quiet and tick.looked_at == tick.settled
 
 
 def request(batch: Batch, settings: Settings) -> dg.RunRequest:
