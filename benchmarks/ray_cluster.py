@@ -51,7 +51,7 @@ from tests.cluster.ray_cluster import Cluster, ray_cluster
 
 ON_GPU = replace(groups(Settings())[0], needs=Needs(cpus=1, gpus=1, memory_bytes=2**30))
 ASSETS = tuple(path.partition(":")[0] for path in ON_GPU.stages)
-ONE_CORE = {"MEDIA_DECODING__WORKERS": "1", "MEDIA_ENGINE__PREPARE_THREADS": "1"}
+ONE_CORE = {"MEDIA_DECODING__WORKERS": "1", "MEDIA_ENGINE__PREPARE_THREADS": "2"}
 POLL_S = 0.05
 DEADLINE_S = 300.0
 
