@@ -415,16 +415,25 @@ def test_a_claim_during_the_planners_look_is_not_hidden(library: Library) -> Non
     assert {upload.media_id for upload in library.backlog.waiting(planner.plan, 10)} == {claimed, reset}
 
 
+@pytest.mark.parametrize("finished", [[], ["a.jpg"]], ids=["an empty library", "an item just finished"])
 def test_an_idle_tick_is_there_when_an_upload_comes(
-    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: list[str]
 ) -> None:
-    """Given a thread for each sensor and nothing to do, when an upload is registered, then the same tick plans it."""
+    """Given a thread for each sensor and nothing left to do, when an upload is registered, then the same tick plans
+    it."""
     monkeypatch.setattr("sensors.intervals._STAY_S", 60.0)
+    monkeypatch.setattr("sensors.planner.rebuild_request", lambda _: None)  # as after a run that rebuilt
     library.settings = library.settings.model_copy(update={"partitions": "media"})
+    planner = Planner(library)
+    if finished:
+        keys = register(library, *finished)
+        for group in planner.stages:
+            make(library, planner, group, keys)
+        assert library.backlog.waiting(planner.plan, 10), "the tick is the one that settles them"
     sensor = build_planner_sensor(library.settings, [build_express_job(library.settings)])
     threads = {"sensors": {"use_threads": True}}
     with dg.DagsterInstance.local_temp(str(tmp_path), overrides=threads) as instance:
-        threading.Timer(1.0, lambda: register(library, "a.jpg")).start()
+        threading.Timer(1.0, lambda: register(library, "b.jpg")).start()
         with dg.build_sensor_context(instance=instance, resources={"media": library}) as context:
             (asked,) = sensor.evaluate_tick(context).run_requests or ()
     assert asked.job_name == f"process_{EXPRESS}"
