@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from contextlib import suppress
+import time
 from pathlib import Path
 
 from resources import faults
@@ -16,6 +16,7 @@ INHERITED = frozenset(
 SINGLE_THREADED = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 PR_SET_PDEATHSIG = 1
 SIGKILL = 9
+AUTOGROUP_TRIES, AUTOGROUP_WAIT_S = 10, 0.11
 _hung = 0
 
 
@@ -44,8 +45,15 @@ def give_way(niceness: int) -> None:
     With `sched_autogroup` a process of another session competes as its whole session does, whatever its own niceness.
     """
     os.nice(niceness)
-    with suppress(OSError):  # no such file, or the session is in a control group and its niceness counts
-        Path("/proc/self/autogroup").write_text(str(niceness))
+    for _ in range(AUTOGROUP_TRIES):
+        try:
+            Path("/proc/self/autogroup").write_text(str(niceness))
+        except BlockingIOError:  # the kernel takes one such change in a tenth of a second, of all users but root
+            time.sleep(AUTOGROUP_WAIT_S)
+        except OSError:  # a system without it
+            return
+        else:
+            return
 
 
 def fate(child: subprocess.Popen[bytes], wait_s: float) -> str:

@@ -18,6 +18,7 @@ import pytest
 from media_assets import checker as module
 from media_assets import schemas
 from media_assets.check_report import CheckReport
+from media_assets.check_worker import NICENESS
 from media_assets.checker import Checker, CheckerDied, checker
 from media_assets.grouping import groups
 from media_assets.groups import build_group
@@ -58,6 +59,17 @@ def own() -> Iterator[Checker]:
     made = Checker()
     yield made
     made.close()
+
+
+def test_it_gives_way_to_the_process_it_works_for(own: Checker) -> None:
+    """Given a checker, then its priority is lower, and that of its session where the kernel shares cores by session."""
+    ask(own, "media")
+    pid = own.pid()
+    assert pid is not None
+    assert psutil.Process(pid).nice() == psutil.Process().nice() + NICENESS
+    session = Path(f"/proc/{pid}/autogroup")
+    if session.exists():
+        assert session.read_text().split()[-1] == str(NICENESS)
 
 
 def test_a_process_killed_over_a_table_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
