@@ -66,7 +66,7 @@ def groups(settings: Settings) -> tuple[Group, ...]:
         piece
         for group in _GROUPS
         for piece in _pieces(
-            replace(group, needs=stated(settings.compute, group.name, group.needs)),
+            replace(group, needs=stated(settings.compute, group.name, _default(group, settings))),
             {name: assets for name, assets in apart.items() if assets[0] in group.assets},
             settings,
         )
@@ -77,6 +77,12 @@ def groups(settings: Settings) -> tuple[Group, ...]:
         # The models are in servers of their own, which ask for the GPUs; a step would hold one idle.
         return tuple(replace(group, needs=_without_gpu(group.needs)) for group in found)
     return found
+
+
+def _default(group: Group, settings: Settings) -> Needs:
+    """Needs of a group where the settings say nothing: no GPU when its models would leave it idle."""
+    wants = group.needs
+    return _without_gpu(wants) if wants.gpus and settings.profile == "offline" else wants
 
 
 def _without_gpu(needs: Needs) -> Needs:

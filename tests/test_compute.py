@@ -52,13 +52,20 @@ def apart(*stages: str, **needs: object) -> GroupNeeds:
 
 
 def test_without_settings_the_groups_are_the_usual_three() -> None:
-    """Given no settings, then decode and label want a CPU, and analyse a GPU where there is one."""
-    told = {group.name: (group.assets, group.needs, group.backfill_items) for group in groups(settings())}
-    assert told == {
-        "decode": (("media", "frames", "audio"), Needs(cpus=2), 100),
-        "analyse": (ANALYSED, Needs(cpus=2, gpus=1), 200),
-        "label": (("moderation_labels",), Needs(), 1000),
-    }
+    """Given no settings, then decode and label want a CPU, and analyse a GPU if its models would use one."""
+    for profile, wanted in (("gpu", Needs(cpus=2, gpus=1)), ("offline", Needs(cpus=2, pool="gpu"))):
+        told = {group.name: (group.assets, group.needs, group.backfill_items) for group in groups(settings(profile))}
+        assert told == {
+            "decode": (("media", "frames", "audio"), Needs(cpus=2), 100),
+            "analyse": (ANALYSED, wanted, 200),
+            "label": (("moderation_labels",), Needs(), 1000),
+        }
+
+
+def test_a_gpu_that_is_stated_is_asked_for_whatever_the_profile() -> None:
+    """Given settings that name a GPU for models of a CPU, then they are taken at their word."""
+    found = {group.name: group.needs for group in groups(settings(analyse=GroupNeeds(gpus=0.5)))}
+    assert found["analyse"] == Needs(cpus=2, gpus=0.5, pool="gpu")
 
 
 @pytest.mark.parametrize(
@@ -147,7 +154,7 @@ def test_needs_are_stated_once_and_overridden_one_by_one() -> None:
         "asr": apart("transcript", gpus=0.5, pool="asr"),
         "library": GroupNeeds(cpus=8),
     }
-    found = {group.name: group.needs for group in groups(settings(**entries))}
+    found = {group.name: group.needs for group in groups(settings("gpu", **entries))}
     assert found["analyse"] == Needs(cpus=2, gpus=1, memory_bytes=32 * GIB, gpu_memory_bytes=24 * GIB)
     assert found["asr"] == replace(found["analyse"], gpus=0.5, pool="asr")
     assert (found["analyse"].pool_name, found["asr"].pool_name, found["label"].pool_name) == ("gpu", "asr", "cpu")
@@ -158,6 +165,7 @@ def test_split_groups_reach_the_definitions(library: Library, monkeypatch: pytes
     chosen = {"asr": {"stages": ["transcript"], "pool": "asr"}, "library": {"cpus": 4, "memory_bytes": 9 * GIB}}
     monkeypatch.setenv("MEDIA_COMPUTE__GROUPS", json.dumps(chosen))
     monkeypatch.setenv("MEDIA_COMPUTE__EXECUTOR", "ecs")
+    monkeypatch.setenv("MEDIA_PROFILE", "gpu")
     definitions = build(Library(Settings.load(library.settings.home)))
     job = definitions.resolve_job_def("process_asr")
     assert json.loads(job.tags["ecs/run_task_kwargs"])["taskDefinition"] == "media-assets-gpu"

@@ -199,7 +199,7 @@ def test_the_code_location_loads_with_what_people_look_for(dev: Dev) -> None:
             assert node["kinds"]
             assert node["owners"]
             assert node["description"]
-            assert node["pools"] == ["gpu" if group.needs.gpus else "cpu"]
+            assert node["pools"] == [group.needs.pool_name]
 
 
 def test_a_poisoned_item_fails_alone_in_a_backfill(dev: Dev, backfill: dict[str, Any]) -> None:

@@ -90,10 +90,11 @@ def test_runs_beside_a_ray_cluster_start_in_processes(instance_of: Callable[[str
 
 @pytest.fixture
 def definitions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dg.Definitions]:
-    """The project's definitions for an executor."""
+    """The project's definitions for an executor, with the models of GPUs."""
 
     def built(name: str) -> dg.Definitions:
         monkeypatch.setenv("MEDIA_COMPUTE__EXECUTOR", name)
+        monkeypatch.setenv("MEDIA_PROFILE", "gpu")
         return build(Library(Settings.load(tmp_path / "home")))
 
     return built
