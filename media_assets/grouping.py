@@ -63,10 +63,10 @@ def groups(settings: Settings) -> tuple[Group, ...]:
     """
     apart = _apart(settings)
     found = tuple(
-        piece
+        _for_profile(piece, group.name, settings)
         for group in _GROUPS
         for piece in _pieces(
-            replace(group, needs=stated(settings.compute, group.name, _default(group, settings))),
+            replace(group, needs=stated(settings.compute, group.name, group.needs)),
             {name: assets for name, assets in apart.items() if assets[0] in group.assets},
             settings,
         )
@@ -79,10 +79,13 @@ def groups(settings: Settings) -> tuple[Group, ...]:
     return found
 
 
-def _default(group: Group, settings: Settings) -> Needs:
-    """Needs of a group where the settings say nothing: no GPU when its models would leave it idle."""
-    wants = group.needs
-    return _without_gpu(wants) if wants.gpus and settings.profile == "offline" else wants
+def _for_profile(piece: Group, origin: str, settings: Settings) -> Group:
+    """`piece` of the group `origin`, without a GPU that its models would leave idle, unless the settings name one."""
+    said = [settings.compute.groups.get(name) for name in (piece.name, origin)]
+    is_stated = any(entry is not None and entry.gpus is not None for entry in said)
+    if settings.profile != "offline" or is_stated or not piece.needs.gpus:
+        return piece
+    return replace(piece, needs=_without_gpu(piece.needs))
 
 
 def _without_gpu(needs: Needs) -> Needs:

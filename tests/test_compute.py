@@ -64,8 +64,12 @@ def test_without_settings_the_groups_are_the_usual_three() -> None:
 
 def test_a_gpu_that_is_stated_is_asked_for_whatever_the_profile() -> None:
     """Given settings that name a GPU for models of a CPU, then they are taken at their word."""
-    found = {group.name: group.needs for group in groups(settings(analyse=GroupNeeds(gpus=0.5)))}
-    assert found["analyse"] == Needs(cpus=2, gpus=0.5, pool="gpu")
+    found = {
+        group.name: group.needs for group in groups(settings(analyse=GroupNeeds(gpus=0.5), asr=apart("transcript")))
+    }
+    assert found["analyse"] == found["asr"] == Needs(cpus=2, gpus=0.5)
+    found = {group.name: group.needs for group in groups(settings(asr=apart("transcript", gpus=1)))}
+    assert (found["analyse"].gpus, found["asr"].gpus) == (0, 1)
 
 
 @pytest.mark.parametrize(

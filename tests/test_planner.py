@@ -126,7 +126,7 @@ def test_groups_with_pools_of_their_own_are_not_run_together(library: Library) -
     (key,) = register(library, "a.jpg")
     tick = configure(library, express_s=60).tick()
     assert [(batch.group, batch.keys) for batch in tick.batches] == [("decode", (key,))]
-    assert "several pools: gpu, disk" in " ".join(tick.explanations)
+    assert "several pools: disk, gpu" in " ".join(tick.explanations)
 
 
 @pytest.mark.parametrize(
