@@ -13,10 +13,10 @@ from media_assets.buckets import BucketBusy
 from media_assets.checker import checker
 from media_assets.global_assets import SPANNING, rebuild, rebuild_seconds
 from media_assets.grouping import groups
-from media_assets.groups import check_batch, materialize, media_items
+from media_assets.groups import materialize, media_items
 from media_assets.partitions import Batch
 from media_assets.processor import processor
-from media_assets.quality import EXPECTATIONS, ITEMS
+from media_assets.quality import EXPECTATIONS, ITEMS, Checks
 from resources.compute import Needs, op_tags, run_tags
 from resources.library import Library
 from resources.settings import Settings
@@ -46,13 +46,12 @@ def build_express_job(settings: Settings) -> dg.JobDefinition:
             stages = [
                 stage for group in groups(library.settings) for stage in group.load(library.settings, library.models)
             ]
-            with processor(needs, library, context.log.info) as device:
-                materialize(context, library, stages, batch, device)
-            yield from _rebuild(context, library)
-            media_ids = [item.media_id for item in batch]
-            for stage in stages:
-                for check in (ITEMS, EXPECTATIONS):
-                    yield check_batch(library, stage.name, check, media_ids)
+            checks = [(stage.name, check) for stage in stages for check in (ITEMS, EXPECTATIONS)]
+            with Checks(library, checks, [item.media_id for item in batch]) as asked:
+                with processor(needs, library, context.log.info) as device:
+                    materialize(context, library, stages, batch, device, settled=asked.settled)
+                yield from _rebuild(context, library)
+                yield from asked.results()
         yield dg.Output(None)
 
     @dg.job(

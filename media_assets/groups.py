@@ -19,7 +19,7 @@ from media_assets.mirror import BucketMirror, Mirror
 from media_assets.partitions import Batch, batch_keys, partition_of, partitions_of
 from media_assets.processor import Processor, processor
 from media_assets.provenance import SOURCE, Provenance
-from media_assets.quality import EXPECTATIONS, ITEMS, expectations_check, items_check
+from media_assets.quality import EXPECTATIONS, ITEMS, Checks
 from media_assets.remote import served
 from media_assets.stage import MediaItem, Stage
 from media_assets.versions import code_version
@@ -97,19 +97,15 @@ def build_group(group: Group, settings: Settings, models: ModelRegistry) -> dg.A
             # Without any partition a check is about the library; of a batch that is gone it is about nothing.
             checked = [item.media_id for item in batch] if chosen else None
             selected = [stage for stage in group.load(library.settings, library.models) if stage.name in wanted]
-            if selected:
-                with processor(group.needs, library, context.log.info) as device:
-                    materialize(context.op_execution_context, library, selected, batch, device, config.careful)
-            for check in context.selected_asset_check_keys:
-                yield check_batch(library, keys[check.asset_key], check.name, checked)
+            checks = [(keys[check.asset_key], check.name) for check in context.selected_asset_check_keys]
+            with Checks(library, checks, checked) as asked:
+                if selected:
+                    with processor(group.needs, library, context.log.info) as device:
+                        op = context.op_execution_context
+                        materialize(op, library, selected, batch, device, config.careful, asked.settled)
+                yield from asked.results()
 
     return run_group
-
-
-def check_batch(library: Library, asset: str, check: str, media_ids: Sequence[str] | None) -> dg.AssetCheckEvaluation:
-    """One check of one asset over `media_ids` (all live items for None)."""
-    made = {ITEMS: items_check, EXPECTATIONS: expectations_check}
-    return made[check](library, asset, media_ids)
 
 
 def materialize(
@@ -119,8 +115,12 @@ def materialize(
     batch: list[MediaItem],
     device: Processor,
     careful: bool = False,
+    settled: Callable[[str], None] | None = None,
 ) -> None:
-    """Settle `stages` of every item of the batch, in the step of `context`, and mirror what is finished."""
+    """Settle `stages` of every item of the batch, in the step of `context`, and mirror what is finished.
+
+    `settled` is told the asset whenever one item's is.
+    """
     settings = one_at_a_time(library.settings) if careful else library.settings
     engine = BatchEngine(
         served(stages, settings), library.store, library.outcomes, settings, device=device.name, scale=device.scale
@@ -140,6 +140,8 @@ def materialize(
     known = Counter(library.models.loads)
     try:
         for result in engine.run(batch, context.run.run_id, _reporter(context, library)):
+            if settled is not None:
+                settled(result.asset)
             if result.done:
                 mirror.add(result)
             elif result.how in (How.COMPUTED, How.HELD):

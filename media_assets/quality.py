@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Self
 
 import dagster as dg
 import pyarrow as pa
@@ -110,3 +112,40 @@ def expectations_check(library: Library, asset: str, media_ids: Sequence[str] | 
         description=report.summary,
         metadata=metadata,
     )
+
+
+class Checks:
+    """Checks of a step over its batch, `media_ids` (all live items for None): pairs of asset and check.
+
+    Great Expectations is asked about an asset as soon as the last item's is settled, beside the work on the others.
+    """
+
+    def __init__(self, library: Library, chosen: Sequence[tuple[str, str]], media_ids: Sequence[str] | None) -> None:
+        self._library = library
+        self._chosen = chosen
+        self._media_ids = media_ids
+        self._settled = Counter[str]()
+        self._begun: dict[str, Future[dg.AssetCheckEvaluation]] = {}
+        self._thread = ThreadPoolExecutor(1, "checks")
+
+    def settled(self, asset: str) -> None:
+        """Take note that one more item's asset is settled."""
+        self._settled[asset] += 1
+        if (asset, EXPECTATIONS) in self._chosen and self._settled[asset] == len(self._media_ids or ()):
+            self._begun[asset] = self._thread.submit(expectations_check, self._library, asset, self._media_ids)
+
+    def results(self) -> Iterator[dg.AssetCheckEvaluation]:
+        """What the checks say, in the order asked; raises what one raised."""
+        for asset, check in self._chosen:
+            if check == ITEMS:
+                yield items_check(self._library, asset, self._media_ids)
+            elif asset in self._begun:
+                yield self._begun[asset].result()
+            else:
+                yield expectations_check(self._library, asset, self._media_ids)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
