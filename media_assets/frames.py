@@ -66,7 +66,9 @@ class Frames(Stage[None, None]):
             "decode_errors": part.facts.decode_errors if part.facts else 0,
             "seconds": round(carry.seconds, 3),
         }
-        sheet = {"contact_sheet": contact_sheet([s.image for s in part.stills])} if inputs.wants_preview else {}
+        # The decoder made an image's thumbnail of its pixels; to decode the still again takes longer than all else.
+        cells = [part.thumbnail] if part.thumbnail else [still.image for still in part.stills]
+        sheet = {"contact_sheet": contact_sheet(cells)} if inputs.wants_preview else {}
         return Product(_stills_table(inputs, part, carry.end_s), {"track": _track_table(inputs, part)}, facts, sheet)
 
 

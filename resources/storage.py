@@ -23,7 +23,10 @@ COMPRESSION = "zstd"
 PART_BYTES = 16 * 2**20
 DICTIONARY_ROWS = 64
 PLAIN_BYTES = 16_384
-"""A table below this size with few rows is stored as it is: what compression saves is less than what it adds."""
+"""A table whose file has no more than this beside pictures and sound, and few rows, is stored as it is.
+
+What compression would save there is less than what it adds.
+"""
 RECENT_BYTES = 128 * 2**20
 """Memory for the tables lately written and read, bytes."""
 
@@ -63,7 +66,7 @@ class DerivedStore:
         if self._local is None:
             return self.write_bytes(self.path(asset, media_id, side), data)
         mark = _put(self._file(asset, media_id, side), memoryview(data))
-        self._recent.keep((asset, media_id, side), mark, table)
+        self._recent.keep((asset, media_id, side), mark, table, _held_bytes(table, data))
         return int(data.size)
 
     def write_bytes(self, path: UPath, data: bytes | memoryview | pa.Buffer) -> int:
@@ -94,7 +97,7 @@ class DerivedStore:
             return table if columns is None else table.select(columns)
         table = _read(path, columns)
         if columns is None:
-            self._recent.keep(key, mark, table)
+            self._recent.keep(key, mark, table, table.nbytes)
         return table
 
     def exists(self, asset: str, media_id: str, side: str = "") -> bool:
@@ -172,9 +175,11 @@ class _Recent:
             self._tables.move_to_end(key)
             return found[1]
 
-    def keep(self, key: Key, mark: Mark, table: pa.Table) -> None:
-        """Keep a table, in place of the one of its key and of those used longest ago; not one that fills the place."""
-        size = table.nbytes
+    def keep(self, key: Key, mark: Mark, table: pa.Table, size: int) -> None:
+        """Keep a table of `size` bytes, in place of the one of its key and of those used longest ago.
+
+        One that would fill the place is not kept.
+        """
         with self._lock:
             self._drop(key)
             if size > self._most // LARGE:
@@ -201,16 +206,36 @@ def _name(media_id: str, side: str) -> str:
 
 def _parquet(table: pa.Table) -> pa.Buffer:
     # Pictures and sound are compressed as they are, and a few rows repeat too little for a dictionary.
-    many = table.num_rows >= DICTIONARY_ROWS
-    packed = _compression(table.schema) if many or _bare_bytes(table) > PLAIN_BYTES else "none"
+    if _is_short(table):
+        plain = _written_as(table, "none", dictionary=False)
+        if _is_plain(table, plain):
+            return plain
+    return _written_as(table, _compression(table.schema), dictionary=not _is_short(table))
+
+
+def _written_as(table: pa.Table, compression: str | dict[str, str], dictionary: bool) -> pa.Buffer:
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression=packed, use_dictionary=many)
+    pq.write_table(table, sink, compression=compression, use_dictionary=dictionary)
     return sink.getvalue()
 
 
-def _bare_bytes(table: pa.Table) -> int:
-    """Bytes of all columns but pictures and sound."""
-    return sum(column.nbytes for column in table.itercolumns() if not pa.types.is_binary(column.type))
+def _is_short(table: pa.Table) -> bool:
+    return bool(table.num_rows < DICTIONARY_ROWS)
+
+
+def _is_plain(table: pa.Table, data: pa.Buffer) -> bool:
+    """Whether a short table's file, without pictures and sound, is as small as one that is stored as it is."""
+    return bool(data.size - sum(table.column(at).nbytes for at in _bulk_columns(table.schema)) <= PLAIN_BYTES)
+
+
+@lru_cache(64)
+def _bulk_columns(schema: pa.Schema) -> tuple[int, ...]:
+    return tuple(at for at, field in enumerate(schema) if pa.types.is_binary(field.type))
+
+
+def _held_bytes(table: pa.Table, data: pa.Buffer) -> int:
+    """About the memory of a table whose file is `data`: where that is plain its size, for asking columns takes long."""
+    return int(data.size if _is_short(table) and _is_plain(table, data) else table.nbytes)
 
 
 @lru_cache(64)

@@ -61,7 +61,7 @@ def test_a_file_that_was_replaced_or_removed_counts(store: DerivedStore, tmp_pat
 
 def test_memory_for_tables_is_bounded(tmp_path: Path) -> None:
     """Given more tables than there is room for, then those used last are kept, and none that would fill the place."""
-    size = numbers(*range(10)).nbytes
+    size = DerivedStore(tmp_path / "other").write("numbers", "a", numbers(*range(10)))
     store = DerivedStore(tmp_path, recent_bytes=LARGE * size)
     for media_id in "abcdef":
         store.write("numbers", media_id, numbers(*range(10)))

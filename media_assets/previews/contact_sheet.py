@@ -7,19 +7,21 @@ from collections.abc import Sequence
 
 from PIL import Image
 
+from resources.decoding.protocol import THUMBNAIL
+
 MAX_STILLS = 12
 MAX_BYTES = 25_000
 COLUMNS = 4
-CELL = (160, 120)
+CELL = THUMBNAIL
 GAP = 2
 BACKGROUND = (24, 24, 24)
 QUALITIES = (80, 65, 50, 35, 20, 10)
 
 
-def contact_sheet(stills: Sequence[bytes]) -> bytes:
-    """JPEG, at most 25 kB, of up to twelve stills spread evenly over `stills` (encoded JPEG or PNG), in order.
+def contact_sheet(stills: Sequence[bytes | Image.Image]) -> bytes:
+    """JPEG, at most 25 kB, of up to twelve stills spread evenly over `stills`, in order.
 
-    Raises ValueError without stills.
+    A still is an encoded JPEG or PNG, or an RGB thumbnail that fits a cell. Raises ValueError without stills.
     """
     if not stills:
         raise ValueError("a contact sheet needs at least one still")
@@ -28,8 +30,8 @@ def contact_sheet(stills: Sequence[bytes]) -> bytes:
     rows = -(-len(chosen) // columns)
     width, height = (columns * (CELL[0] + GAP) + GAP, rows * (CELL[1] + GAP) + GAP)
     sheet = Image.new("RGB", (width, height), BACKGROUND)
-    for place, data in enumerate(chosen):
-        cell = _thumbnail(data)
+    for place, still in enumerate(chosen):
+        cell = still if isinstance(still, Image.Image) else _thumbnail(still)
         left = GAP + place % columns * (CELL[0] + GAP) + (CELL[0] - cell.width) // 2
         top = GAP + place // columns * (CELL[1] + GAP) + (CELL[1] - cell.height) // 2
         sheet.paste(cell, (left, top))

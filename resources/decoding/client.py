@@ -112,6 +112,11 @@ class StillFacts(_Wire):
     repeat_of: Count | None
 
 
+class _Thumbnail(_Wire):
+    width: Annotated[int, Field(ge=1, le=protocol.THUMBNAIL[0])]
+    height: Annotated[int, Field(ge=1, le=protocol.THUMBNAIL[1])]
+
+
 class _Track(_Wire):
     first_frame: Count
     start_s: Annotated[list[Seconds], Field(min_length=1, max_length=protocol.TRACK_CHUNK_FRAMES)]
@@ -177,9 +182,10 @@ class AudioChunk:
 
 @dataclass(slots=True)
 class FramesPart:
-    """What the pass made of the picture."""
+    """What the pass made of the picture; an image comes with its `thumbnail`, RGB."""
 
     stills: list[Still] = field(default_factory=list)
+    thumbnail: Image.Image | None = None
     track: list[TrackChunk] = field(default_factory=list)
     facts: PartFacts | None = None
 
@@ -313,6 +319,7 @@ class _Collector:
         self._failed: dict[str, MediaError] = {}
         self._take: dict[str, Callable[[Message], None]] = {
             "still": self._still,
+            "thumbnail": self._thumbnail,
             "track": self._track,
             "pcm": self._pcm,
             "facts": self._facts,
@@ -344,6 +351,12 @@ class _Collector:
             raise DecoderCrashed("The decoder process sent stills out of order.")
         _check_picture(message.payload, facts.width, facts.height)
         stills.append(Still(facts, message.payload))
+
+    def _thumbnail(self, message: Message) -> None:
+        size = _parsed(_Thumbnail, message)
+        if self._frames.thumbnail is not None or len(message.payload) != size.width * size.height * 3:
+            raise DecoderCrashed("The decoder process sent a thumbnail that does not add up.")
+        self._frames.thumbnail = Image.frombytes("RGB", (size.width, size.height), message.payload)
 
     def _track(self, message: Message) -> None:
         facts = _parsed(_Track, message)

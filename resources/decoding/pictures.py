@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
+from resources.decoding.protocol import THUMBNAIL
 from resources.errors import MediaError, TooLarge, Truncated, Undecodable
 
 JPEG_STILL = {"quality": 92, "subsampling": 2}
@@ -82,8 +83,8 @@ def display_size(picture: Image.Image) -> tuple[int, int, int]:
     return size[0], size[1], rotation
 
 
-def image_still(picture: Image.Image, max_side: int) -> Still:
-    """An opened picture as its one still: upright, RGB, no side longer than `max_side`.
+def image_still(picture: Image.Image, max_side: int) -> tuple[Still, Image.Image]:
+    """An opened picture as its one still, upright, RGB, no side longer than `max_side`; and its thumbnail.
 
     PNG where the original was lossless and small, so that fine print stays exact; else JPEG.
     """
@@ -92,7 +93,10 @@ def image_still(picture: Image.Image, max_side: int) -> Still:
     upright = _rgb(ImageOps.exif_transpose(picture))
     upright.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     form, options = ("PNG", PNG_IMAGE) if lossless else ("JPEG", JPEG_IMAGE)
-    return encoded(upright, reduced(upright), form, options)
+    reduction = reduced(upright)
+    still = encoded(upright, reduction, form, options)
+    reduction.thumbnail(THUMBNAIL)
+    return still, reduction
 
 
 def encoded(picture: Image.Image, reduction: Image.Image, form: str, options: dict[str, int]) -> Still:

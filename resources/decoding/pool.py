@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import selectors
@@ -35,6 +36,8 @@ LISTEN_S = 1.0
 RECYCLE_FILES = 500
 RECYCLE_RSS_BYTES = 768 * 2**20
 READ_BYTES = 1 << 20
+PIPE_BYTES = 1 << 20
+"""Holds the answer on a usual picture, so that a worker need not wait for a busy parent between its pieces."""
 EXIT_WAIT_S = 2.0
 
 
@@ -147,6 +150,9 @@ class _Process:
         assert self._child.stdout is not None
         self._requests = self._child.stdin
         self._answers = self._child.stdout
+        with contextlib.suppress(OSError):  # beyond what a user may have in pipes the kernel's own size will do
+            if sys.platform == "linux":
+                fcntl.fcntl(self._answers, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         os.set_blocking(self._answers.fileno(), False)
         os.set_blocking(self._requests.fileno(), False)
         self._selector = selectors.DefaultSelector()

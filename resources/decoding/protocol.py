@@ -21,6 +21,8 @@ PCM_CHUNK_SAMPLES = 60 * 16_000
 SAMPLE_RATE = 16_000
 TRACK_HEIGHT, TRACK_WIDTH = 27, 48
 FRAME_BYTES = TRACK_HEIGHT * TRACK_WIDTH * 3
+THUMBNAIL = 160, 120
+"""Most columns and rows of a thumbnail, pixels."""
 
 Emit = Callable[..., None]
 """`emit(type, payload=b"", /, **fields)`: send one message to the parent."""

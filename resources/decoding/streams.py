@@ -63,8 +63,9 @@ def _decode_image(stream: BinaryIO, head: bytes, request: Request, emit: Emit) -
         raise Undecodable("The file is no picture any more.")
     stream.seek(0)
     with pictures.opened(stream, form, request.max_pixels) as picture:
-        still = pictures.image_still(picture, request.image_max_side)
+        still, thumbnail = pictures.image_still(picture, request.image_max_side)
     emit("still", still.image, **_still_fields(still, 0, None, None, 0.0, "image", None))
+    emit("thumbnail", thumbnail.tobytes(), width=thumbnail.width, height=thumbnail.height)
     emit("facts", part="frames", frames_decoded=1, decode_errors=0, end_s=0.0)
 
 

@@ -15,11 +15,15 @@ from resources.errors import Internal, MediaError, OutOfMemory
 from resources.faults import fault
 from resources.process import die_with
 
+SEND_BYTES = 2**16
+PROMPT = frozenset({"ready", "read", "progress", "done"})
+"""Messages sent at once, with those before them: each that is sent wakes the parent."""
+
 
 def main(memory_bytes: int, parent: int) -> None:
     """Serve requests until the parent closes the pipe."""
     requests = os.fdopen(os.dup(0), "rb")
-    answers = os.fdopen(os.dup(1), "wb", buffering=0)
+    answers = os.fdopen(os.dup(1), "wb", buffering=SEND_BYTES)
     _silence_standard_streams()
     _confine(memory_bytes, parent)
     import av
@@ -70,10 +74,10 @@ def _serve(request: Request, answers: BinaryIO, fetch: Fetch) -> None:
 
 
 def _send(answers: BinaryIO, message: str, payload: bytes = b"", /, **fields: Any) -> None:
-    for part in (encode({"type": message, **fields}, payload), payload):
-        view = memoryview(part)
-        while view:
-            view = view[answers.write(view) :]
+    answers.write(encode({"type": message, **fields}, payload))
+    answers.write(payload)
+    if message in PROMPT:
+        answers.flush()
 
 
 def _silence_standard_streams() -> None:
