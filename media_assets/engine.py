@@ -59,6 +59,7 @@ from resources.storage import DerivedStore
 LANE_DEPTH = 2  # micro-batches handed to the inference thread: one running, one waiting
 IN_FLIGHT = 24  # items in flight at least, where `engine.window` is not set
 COMMIT_S = 0.05  # time between two commits while there is enough to do
+_WRITING = "The writing of its output"
 MAX_HANGS = 3  # hung calls of one stage after which the rest of its items fail without being tried
 
 Call: TypeAlias = tuple[Any, Callable[[], Any]]
@@ -300,6 +301,7 @@ class Task:
         "answers",
         "carry",
         "claim",
+        "doing",
         "failure",
         "flight",
         "inputs",
@@ -315,6 +317,7 @@ class Task:
         self.stage = stage
         self.version = ""
         self.claim: Claim | None = None
+        self.doing = ""
         self.inputs: Inputs | None = None
         self.units = 0
         self.answers: dict[str, Any] = {}
@@ -606,7 +609,7 @@ class _Batch:
 
     def _copy_tables(self, task: Task, twin: str) -> tuple[int, int]:
         """Bytes and rows copied."""
-        name = task.stage.name
+        task.doing, name = "The copying from its twin", task.stage.name
         written = self.store.copy(name, twin, task.media_id, task.stage.sides)
         record = self.outcomes.load([twin], [name]).get((twin, name))
         return written, record.rows or 0 if record else 0
@@ -618,7 +621,16 @@ class _Batch:
             return
         self.working += 1
         inputs = task.inputs
-        self.executor.submit("work", (self._prepared, task), lambda: task.stage.prepare(inputs))
+        self.executor.submit("work", (self._prepared, task), lambda: self._first(task, inputs))
+
+    def _first(self, task: Task, inputs: Inputs) -> tuple[Prepared[Any], tuple[Product, int] | None]:
+        """The stage's preparation; where there is nothing to infer, its product and the bytes written as well."""
+        task.doing = "Its preparation"
+        prepared = task.stage.prepare(inputs)
+        if prepared.units:
+            return prepared, None
+        task.carry = prepared.carry
+        return prepared, self._make(task)
 
     def _assemble(self, task: Task) -> None:
         self.working += 1
@@ -626,6 +638,7 @@ class _Batch:
 
     def _make(self, task: Task) -> tuple[Product, int]:
         assert task.inputs is not None
+        task.doing = _WRITING
         product = task.stage.assemble(task.inputs, task.carry, task.answers)
         if task.is_left:  # its claim is gone; a file written now could outlive a purge
             raise Hung
@@ -685,9 +698,12 @@ class _Batch:
         if isinstance(event.error, NotApplicable):
             self._not_applicable(task, str(event.error))
         elif event.error is not None:
-            self._fail(task, self._failure_of(task, event.error, "Its preparation"))
+            self._fail(task, self._failure_of(task, event.error))
         else:
-            prepared: Prepared[Any] = event.value
+            prepared, made = event.value
+            if made is not None:
+                self._made(task, *made)
+                return
             task.carry = prepared.carry
             task.units = len(prepared.units)
             self.unanswered += task.units
@@ -696,8 +712,6 @@ class _Batch:
                 self._fail(task, Failure.of(Internal(f"{task.stage.name} prepared units that share an ID.")))
                 return
             self.queued[task.stage.name].extend((task, unit) for unit in prepared.units)
-            if not task.units:
-                self._assemble(task)
 
     def _inferred(self, event: Event, stage: Stage[Any, Any], units: Mapping[str, tuple[Task, Unit[Any]]]) -> None:
         self.inferring -= 1
@@ -721,13 +735,13 @@ class _Batch:
                 else:
                     self._fail(task, task.failure)
 
-    def _failure_of(self, task: Task, error: BaseException, what: str) -> Failure:
-        """Failure of a `work` call, which was `what`."""
+    def _failure_of(self, task: Task, error: BaseException) -> Failure:
+        """Failure of a `work` call."""
         if not isinstance(error, Hung):
             return Failure.of(error)
         task.is_left = True
         limit_s = self.settings.infer_timeout_s
-        return self._hang(task.stage, f"{what} for {task.stage.name} gave no sign of life for {limit_s:g} s.")
+        return self._hang(task.stage, f"{task.doing} for {task.stage.name} gave no sign of life for {limit_s:g} s.")
 
     def _hang(self, stage: Stage[Any, Any], message: str) -> Failure:
         """Failure of a call that hung; a stage whose calls hang again and again is not called any more."""
@@ -741,9 +755,11 @@ class _Batch:
         self.working -= 1
         task.seconds += event.seconds
         if event.error is not None:
-            self._fail(task, self._failure_of(task, event.error, "The writing of its output"))
+            self._fail(task, self._failure_of(task, event.error))
             return
-        product, written = event.value
+        self._made(task, *event.value)
+
+    def _made(self, task: Task, product: Product, written: int) -> None:
         cost = self._cost(task, product.table.num_rows, written, product.models)
         self._succeed(task, How.COMPUTED, Status.OK, product.content or task.version, cost, product)
 
@@ -751,7 +767,7 @@ class _Batch:
         self.working -= 1
         task.seconds += event.seconds
         if isinstance(event.error, Hung):
-            self._fail(task, self._failure_of(task, event.error, "The copying from its twin"))
+            self._fail(task, self._failure_of(task, event.error))
             return
         if event.error is not None:  # the twin's file may be gone; its own work remains possible
             self.ready.append(task)
@@ -766,13 +782,14 @@ class _Batch:
             {side: schema.empty_table() for side, schema in task.stage.side_schemas.items()},
         )
         self.working += 1
+        task.doing = _WRITING
         self.executor.submit("work", (self._emptied, task, empty, reason), lambda: self._write(task, empty))
 
     def _emptied(self, event: Event, task: Task, empty: Product, reason: str) -> None:
         self.working -= 1
         task.seconds += event.seconds
         if event.error is not None:
-            self._fail(task, self._failure_of(task, event.error, "The writing of its output"))
+            self._fail(task, self._failure_of(task, event.error))
             return
         cost = self._cost(task, bytes_out=event.value)
         self._succeed(task, How.COMPUTED, Status.NOT_APPLICABLE, task.version, cost, empty, reason)
