@@ -218,19 +218,21 @@ class _Process:
 
     def _write(self, header: bytes, deadline: float, payload: bytes = b"") -> None:
         """Send one message; a worker that does not take it in time is given up."""
+        for part in (header, payload):
+            view = memoryview(part)
+            while view:
+                try:
+                    view = view[os.write(self._requests.fileno(), view) :]
+                except BlockingIOError:
+                    self._await_room(deadline)
+                except OSError:
+                    raise DecoderCrashed("The decoder process was gone before it got the file.") from None
+
+    def _await_room(self, deadline: float) -> None:
         with selectors.DefaultSelector() as selector:
             selector.register(self._requests, selectors.EVENT_WRITE)
-            for part in (header, payload):
-                view = memoryview(part)
-                while view:
-                    if not selector.select(max(0.0, deadline - time.monotonic())):
-                        raise DecodeTimeout("The decoder process took no data in the time it is given.")
-                    try:
-                        view = view[os.write(self._requests.fileno(), view) :]
-                    except BlockingIOError:
-                        continue
-                    except OSError:
-                        raise DecoderCrashed("The decoder process was gone before it got the file.") from None
+            if not selector.select(max(0.0, deadline - time.monotonic())):
+                raise DecodeTimeout("The decoder process took no data in the time it is given.")
 
     def end(self) -> None:
         """Kill the process and reap it."""
