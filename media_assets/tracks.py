@@ -63,7 +63,9 @@ def read_still(row: Mapping[str, Any] | bytes) -> Image.Image:
     `numpy.asarray` of it is uint8 [height, width, 3].
     """
     data = row if isinstance(row, bytes) else row["image"]
-    return Image.open(io.BytesIO(data), formats=("JPEG", "PNG")).convert("RGB")
+    picture = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
+    picture.load()
+    return picture if picture.mode == "RGB" else picture.convert("RGB")  # which copies one that is RGB already
 
 
 def _flac(data: bytes) -> npt.NDArray[np.int16]:

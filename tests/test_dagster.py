@@ -23,6 +23,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 from PIL import Image
 
+from cli.instance import open_instance
 from media_assets.engine import BatchEngine, Result
 from media_assets.grouping import groups
 from media_assets.groups import build_group
@@ -521,3 +522,24 @@ def test_buckets_can_be_the_partitions(library: Library, folder: Path) -> None:
         explicit = local.run("media", keys=[key for key, bucket in buckets.items() if bucket != first])
         assert explicit.success
         assert set(local.made(explicit, "media")) == set(good) - {first}
+
+
+def test_a_run_in_this_process_prints_where_it_always_did(library: Library, capfd: pytest.CaptureFixture[str]) -> None:
+    """Given a run as `media-assets run` makes it, then what it prints is there at once, through no other process."""
+    me = psutil.Process()
+    beside: list[int] = []
+
+    @dg.op
+    def prints() -> None:
+        beside.extend(child.pid for child in me.children(recursive=True))
+        os.write(1, b"this is out\n")
+
+    @dg.job
+    def printing() -> None:
+        prints()
+
+    with open_instance(library) as instance:
+        before = {child.pid for child in me.children(recursive=True)}
+        assert printing.execute_in_process(instance=instance).success
+    assert set(beside) == before
+    assert "this is out" in capfd.readouterr().out

@@ -365,3 +365,19 @@ def test_a_contact_sheet_stays_small_however_busy_the_stills() -> None:
     assert Image.open(io.BytesIO(sheet)).size == (650, 368)
     with pytest.raises(ValueError, match="at least one"):
         contact_sheet([])
+
+
+@pytest.mark.parametrize("size", [(1600, 400), (30, 3000), (90, 60)])
+def test_an_image_comes_with_its_thumbnail(derive: Derive, tmp_path: Path, size: tuple[int, int]) -> None:
+    """Given an image whose left half is red and whose right half is blue, then its sheet shows both halves."""
+    picture = Image.new("RGB", size, RED)
+    picture.paste(BLUE, (size[0] // 2, 0, *size))
+    picture.save(tmp_path / "halves.png")
+    product = derive("frames", tmp_path / "halves.png")
+    sheet = Image.open(io.BytesIO(product.previews["contact_sheet"])).convert("RGB")
+    pixels = np.asarray(sheet, int)
+    width, height = (max(1, round(side * min(1, 160 / size[0], 120 / size[1]))) for side in size)
+    assert sheet.size == (164, 124)
+    for color in (RED, BLUE):
+        like = np.abs(pixels - color).max(axis=2) < 60
+        assert like.sum() == pytest.approx(width * height / 2, rel=0.2, abs=height + width)

@@ -437,8 +437,18 @@ def test_a_stage_that_hangs_again_and_again_is_not_called_any_more(database: Dat
     assert {results[item.media_id, "doubled"].outcome.error_class for item in batch} == {"model_timeout"}
 
 
-@pytest.mark.parametrize("method", ["prepare", "assemble"])
-def test_a_hung_preparation_fails_its_item_alone(database: Database, tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "hung", "what"),
+    [
+        ("prepare", "b", "Its preparation"),
+        ("assemble", "b", "The writing of its output"),
+        ("prepare", "empty", "Its preparation"),
+        ("assemble", "empty", "The writing of its output"),
+    ],
+)
+def test_a_hung_preparation_fails_its_item_alone(
+    database: Database, tmp_path: Path, method: str, hung: str, what: str
+) -> None:
     """Given one item whose preparation or writing never ends, then it waits for a retry and all others are done.
 
     What the call left behind makes later is not written: by then the item may have been purged.
@@ -447,23 +457,23 @@ def test_a_hung_preparation_fails_its_item_alone(database: Database, tmp_path: P
     answer = threading.Event()
 
     def hangs(called: str, media_id: str) -> object:
-        if called == method and media_id == "b":
+        if called == method and media_id == hung:
             answer.wait()
         return None
 
-    batch = items(*"abcdefgh")
+    batch = items("a", hung, *"cdefgh")
     engine = BatchEngine(bench.stages(hangs, [Numbers]), bench.store, bench.outcomes, bench.settings)
     before = set(threading.enumerate())
     results = by_key(list(engine.run(batch, "first")))
     (left,) = set(threading.enumerate()) - before
     answer.set()
     left.join(30)
-    assert {media_id for (media_id, _), result in results.items() if not result.done} == {"b"}
-    outcome = results["b", "numbers"].outcome
+    assert {media_id for (media_id, _), result in results.items() if not result.done} == {hung}
+    outcome = results[hung, "numbers"].outcome
     assert (outcome.status, outcome.error_class) == (Status.RETRYABLE, "model_timeout")
-    assert "for numbers gave no sign of life for 0.3 s" in (outcome.error or "")
+    assert f"{what} for numbers gave no sign of life for 0.3 s" in (outcome.error or "")
     assert engine.hung == 1
-    assert not bench.store.exists("numbers", "b")
+    assert not bench.store.exists("numbers", hung)
     assert all(result.done for result in bench.run(batch, bench.stages(kinds=[Numbers]), "second"))
 
 

@@ -39,13 +39,14 @@ def without_texts() -> None:
     """Let `embeddings` need no assets beside `media` and `frames`; those it misses are empty tables."""
     prepare = Embeddings.prepare
     there = ("media", "frames")
+    none = {name: schemas.PER_MEDIA[name].empty_table() for name in Embeddings.inputs if name not in there}
     Embeddings.inputs = there  # type: ignore[assignment]
 
     def prepared(self: Embeddings, inputs: Inputs) -> Prepared[Any]:
         read = inputs.table
 
         def table(asset: str, side: str = "", columns: list[str] | None = None) -> pa.Table:
-            return read(asset, side, columns) if asset in there else schemas.PER_MEDIA[asset].empty_table()
+            return read(asset, side, columns) if asset in there else none[asset]
 
         inputs.table = table  # type: ignore[method-assign]
         return prepare(self, inputs)

@@ -35,4 +35,4 @@ class Towers(Protocol):
 def rgb(picture: Picture) -> Image.Image:
     """A picture, PIL or uint8 [height, width, 3], as PIL in RGB."""
     image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which copies one that is RGB already
