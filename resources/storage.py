@@ -62,11 +62,11 @@ class DerivedStore:
 
     def write(self, asset: str, media_id: str, table: pa.Table, side: str = "") -> int:
         """Write `table` atomically; returns bytes written. Raises OSError (disk full, permissions), StorageFailed."""
-        data = _parquet(table) if table.num_rows else _empty_parquet(table.schema)
+        data, held = _parquet(table) if table.num_rows else _empty_parquet(table.schema)
         if self._local is None:
             return self.write_bytes(self.path(asset, media_id, side), data)
         mark = _put(self._file(asset, media_id, side), memoryview(data))
-        self._recent.keep((asset, media_id, side), mark, table, _held_bytes(table, data))
+        self._recent.keep((asset, media_id, side), mark, table, held)
         return int(data.size)
 
     def write_bytes(self, path: UPath, data: bytes | memoryview | pa.Buffer) -> int:
@@ -204,13 +204,16 @@ def _name(media_id: str, side: str) -> str:
     return f"{media_id}.{side}.parquet" if side else f"{media_id}.parquet"
 
 
-def _parquet(table: pa.Table) -> pa.Buffer:
+def _parquet(table: pa.Table) -> tuple[pa.Buffer, int]:
+    """The file of a table, and about the table's own bytes in memory."""
     # Pictures and sound are compressed as they are, and a few rows repeat too little for a dictionary.
-    if _is_short(table):
+    short = table.num_rows < DICTIONARY_ROWS
+    if short:
         plain = _written_as(table, "none", dictionary=False)
-        if _is_plain(table, plain):
-            return plain
-    return _written_as(table, _compression(table.schema), dictionary=not _is_short(table))
+        bulk = sum(table.column(at).nbytes for at in _bulk_columns(table.schema))
+        if plain.size - bulk <= PLAIN_BYTES:
+            return plain, plain.size  # to ask every column for its size takes as long as a small file's write
+    return _written_as(table, _compression(table.schema), dictionary=not short), table.nbytes
 
 
 def _written_as(table: pa.Table, compression: str | dict[str, str], dictionary: bool) -> pa.Buffer:
@@ -219,23 +222,10 @@ def _written_as(table: pa.Table, compression: str | dict[str, str], dictionary: 
     return sink.getvalue()
 
 
-def _is_short(table: pa.Table) -> bool:
-    return bool(table.num_rows < DICTIONARY_ROWS)
-
-
-def _is_plain(table: pa.Table, data: pa.Buffer) -> bool:
-    """Whether a short table's file, without pictures and sound, is as small as one that is stored as it is."""
-    return bool(data.size - sum(table.column(at).nbytes for at in _bulk_columns(table.schema)) <= PLAIN_BYTES)
-
-
 @lru_cache(64)
 def _bulk_columns(schema: pa.Schema) -> tuple[int, ...]:
+    """Where pictures and sound are."""
     return tuple(at for at, field in enumerate(schema) if pa.types.is_binary(field.type))
-
-
-def _held_bytes(table: pa.Table, data: pa.Buffer) -> int:
-    """About the memory of a table whose file is `data`: where that is plain its size, for asking columns takes long."""
-    return int(data.size if _is_short(table) and _is_plain(table, data) else table.nbytes)
 
 
 @lru_cache(64)
@@ -255,7 +245,7 @@ def _packed(path: str, kind: pa.DataType) -> Iterator[tuple[str, str]]:
 
 
 @lru_cache(64)
-def _empty_parquet(schema: pa.Schema) -> pa.Buffer:
+def _empty_parquet(schema: pa.Schema) -> tuple[pa.Buffer, int]:
     return _parquet(schema.empty_table())
 
 
