@@ -22,6 +22,7 @@ from resources.library import Library
 from resources.settings import Settings
 
 EXPRESS = "express"
+EXPRESS_JOB = f"process_{EXPRESS}"
 
 
 def build_express_job(settings: Settings) -> dg.JobDefinition:
@@ -55,7 +56,7 @@ def build_express_job(settings: Settings) -> dg.JobDefinition:
         yield dg.Output(None)
 
     @dg.job(
-        name=f"process_{EXPRESS}",
+        name=EXPRESS_JOB,
         description="A small batch through all groups in one run: what the planner launches on an idle system.",
         tags=run_tags(tags, settings.compute.executor),
     )
