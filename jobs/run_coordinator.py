@@ -27,21 +27,29 @@ _LAUNCHERS = (GROUP_TAG, KIND_TAG, ECS_PREFIX, K8S_TAG)
 
 
 class DirectRunCoordinator(dg.QueuedRunCoordinator):
-    """Queues runs, but for an express run while no other is queued or under way: no limit could hold that one back."""
+    """Queues runs, but for an express run that nothing could hold back: no other run, and no limit of 0 or by tag."""
 
     def submit_run(self, context: dg.SubmitRunContext) -> dg.DagsterRun:
         """Queue the run, or launch it; one that cannot be launched is reported as failed."""
         run = context.dagster_run
-        if run.job_name != EXPRESS_JOB or run.status != dg.DagsterRunStatus.NOT_STARTED or self._is_busy():
+        if run.job_name != EXPRESS_JOB or run.status != dg.DagsterRunStatus.NOT_STARTED or self._may_wait():
             return super().submit_run(context)
-        with suppress(Exception):  # told in the run, which has failed then
+        with suppress(Exception):  # the run has failed then, and says why
             self._instance.launch_run(run.run_id, context.workspace)
         launched = self._instance.get_run_by_id(run.run_id)
         assert launched is not None
         return launched
 
-    def _is_busy(self) -> bool:
-        return self._instance.get_runs_count(dg.RunsFilter(statuses=_UNDER_WAY)) > 0
+    def _may_wait(self) -> bool:
+        concurrency = self._instance.get_concurrency_config()
+        queue = concurrency.run_queue_config
+        pools = [pool.limit for pool in self._instance.event_log_storage.get_pool_limits()]
+        return (
+            queue is None
+            or 0 in (queue.max_concurrent_runs, concurrency.pool_config.default_pool_limit, *pools)
+            or bool(queue.tag_concurrency_limits)
+            or self._instance.get_runs_count(dg.RunsFilter(statuses=_UNDER_WAY)) > 0
+        )
 
 
 class NeedsRunCoordinator(dg.QueuedRunCoordinator):
