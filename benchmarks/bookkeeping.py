@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+from dagster._core.instance.ref import InstanceRef  # an instance with other settings has no public way
 
 from cli.instance import open_instance, prepare_environment
 from media_assets.grouping import Group
@@ -197,8 +198,11 @@ def main() -> None:
                 ours(library, instance, keys[1::step][:20])  # imports and connections
                 figures[f"ms at {size}"] = {name: round(ms, 2) for name, ms in ours(library, instance, chosen).items()}
                 if arguments.partitions == "media":
-                    with dg.DagsterInstance.from_config(str(prepare_environment(library))) as unpooled:
-                        figures[f"stock ms at {size}"] = round(stock(unpooled, chosen), 2)
+                    folder_of_instance = str(prepare_environment(library))
+                    own = {"storage": {"postgres": {"postgres_url": {"env": "MEDIA_DATABASE_URL"}}}}
+                    reference = InstanceRef.from_dir(folder_of_instance, overrides=own)
+                    with dg.DagsterInstance.from_ref(reference) as dagsters_own:
+                        figures[f"stock ms at {size}"] = round(stock(dagsters_own, chosen), 2)
                 print({name: value for name, value in figures.items() if name.endswith(f" {size}")}, flush=True)
         library.close()
     versions = {name: version(name) for name in ("media-assets", "dagster", "sqlalchemy")}

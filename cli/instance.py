@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from dagster import DagsterInstance
 
 PROJECT = Path(__file__).parents[1]
-_POOL_RECYCLE_S = 3600
 _NOT_CAPTURED = {
     "module": "dagster._core.storage.noop_compute_log_manager",
     "class": "NoOpComputeLogManager",
@@ -42,7 +41,7 @@ def prepare_environment(library: Library, database_url: str | None = None) -> Pa
 
 
 def open_instance(library: Library) -> DagsterInstance:
-    """The Dagster instance for runs in this very process, with pooled connections: an event costs no new connection.
+    """The Dagster instance for runs in this very process.
 
     What such runs print goes where it always did. To keep it for the UI as well, Dagster would start four processes
     per run, and what reaches the terminal would come through two of them.
@@ -52,7 +51,6 @@ def open_instance(library: Library) -> DagsterInstance:
 
     folder = str(prepare_environment(library))
     instance = DagsterInstance.from_ref(InstanceRef.from_dir(folder, overrides={"compute_logs": _NOT_CAPTURED}))
-    instance.optimize_for_webserver(statement_timeout=0, pool_recycle=_POOL_RECYCLE_S, max_overflow=4)
     _limit(instance, pool_limits(library.settings))
     return instance
 

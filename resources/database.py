@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from alembic.config import Config
 
 LOCK_NAMESPACE = 0x6D65  # advisory locks of this project: "me"
+KEEPALIVE = {"keepalives_idle": 60, "keepalives_interval": 10, "keepalives_count": 3, "tcp_user_timeout": 60_000}
+"""For connections that stay open: a server gone without a word is noticed within a minute or two, not in hours."""
 
 
 class DatabaseUnavailable(MediaError):
@@ -105,9 +107,11 @@ class Database:
     def connect(cls, settings: Settings) -> Database:
         """Connect, starting the embedded server when no URL is set, whatever schema there is."""
         url = psycopg2_url(settings.database_url or _embedded(settings))
-        transitions = sa.create_engine(url, pool_size=2, isolation_level="AUTOCOMMIT", pool_reset_on_return=None)
+        transitions = sa.create_engine(
+            url, pool_size=2, isolation_level="AUTOCOMMIT", pool_reset_on_return=None, connect_args=KEEPALIVE
+        )
         sa.event.listen(transitions, "connect", _commit_without_waiting)
-        return cls(url, sa.create_engine(url, pool_size=4, pool_pre_ping=True), transitions)
+        return cls(url, sa.create_engine(url, pool_size=4, pool_pre_ping=True, connect_args=KEEPALIVE), transitions)
 
     def schema(self) -> Schema:
         """Revision of the schema in the database and in the code. Raises DatabaseUnavailable, SchemaNewer."""

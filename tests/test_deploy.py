@@ -70,6 +70,8 @@ def test_every_dagster_yaml_is_valid(path: Path, tmp_path: Path) -> None:
     assert launcher is not None
     assert coordinator is not None
     assert find_spec(launcher.module_name) is not None
+    assert reference.storage_data is not None
+    assert reference.storage_data.class_name == "PooledPostgresStorage"
     monitoring = reference.settings["run_monitoring"]
     assert monitoring["enabled"]
     assert monitoring["free_slots_after_run_end_seconds"]
