@@ -31,8 +31,11 @@ from resources.settings import Settings
 
 REQUEST_TIMEOUT_S = 30
 HEALTH_EVERY_S = 5
+LOOK_EVERY_S = 0.25  # for the step's end
 MAX_RESTARTS = 2
 RESTART_WAIT_S = 1.0
+_OF_ASSETS = {kind for kind in dg.DagsterEventType if kind.name.startswith("ASSET_")}
+_FOLLOWED = set(dg.DagsterEventType) - _OF_ASSETS
 
 
 def executor(settings: Settings) -> dg.ExecutorDefinition:
@@ -53,6 +56,7 @@ def executor(settings: Settings) -> dg.ExecutorDefinition:
         return _RayExecutor(
             _Steps(client, handed_on, None, None, None, None, None),
             retries=RetryMode.ENABLED,
+            sleep_seconds=LOOK_EVERY_S,
             check_step_health_interval_seconds=HEALTH_EVERY_S,
         )
 
@@ -61,6 +65,14 @@ def executor(settings: Settings) -> dg.ExecutorDefinition:
 
 class _RayExecutor(StepDelegatingExecutor):
     """Starts a step again whose process is gone; a step that failed by itself is not retried."""
+
+    def _pop_events(self, instance: dg.DagsterInstance, run_id: str, seen_storage_ids: set[int]) -> list[Any]:
+        """New events of the run. What a step tells of its assets, some events per item, is of no use to an executor."""
+        del seen_storage_ids  # by which the base class knows what it has read, where it is told to read some twice
+        found = instance.get_records_for_run(run_id, self._event_cursor, _FOLLOWED, self._pop_events_limit)
+        self._event_cursor = found.cursor
+        events = [record.event_log_entry.dagster_event for record in found.records]
+        return [event for event in events if event is not None]
 
     def log_failure_or_retry_event_after_error(self, step_context: Any, err_info: Any, known_state: Any) -> Any:
         """Called by the base class for steps that failed their health check."""

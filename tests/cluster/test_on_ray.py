@@ -10,7 +10,9 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+from dagster._core.execution.retries import RetryMode
 
+from jobs.on_ray import _RayExecutor
 from resources.ray_cluster import ClusterUnavailable, check_fits, check_reachable
 from tests.cluster import ray_job
 from tests.cluster.ray_cluster import Cluster
@@ -57,6 +59,24 @@ def failure(result: dg.JobExecutionResult) -> str:
     """The event log's account of a failed run."""
     assert not result.success
     return str([event.event_specific_data for event in result.all_events])
+
+
+def test_the_executor_reads_no_events_of_assets(instance: dg.DagsterInstance) -> None:
+    """Given a step's events, among them its materializations, then the executor sees the others, once and in order."""
+
+    @dg.asset
+    def shots(context) -> None:  # type: ignore[no-untyped-def]
+        for _ in range(3):
+            context.log_event(dg.AssetMaterialization("ocr_text"))
+
+    result = dg.materialize([shots], instance=instance)
+    following = _RayExecutor(None, retries=RetryMode.ENABLED)  # type: ignore[arg-type]
+    seen = [event.event_type_value for event in following._pop_events(instance, result.run_id, set())]
+    told = [event.event_type_value for event in result.all_events]
+    assert told.count("ASSET_MATERIALIZATION") == 4
+    assert [kind for kind in told if not kind.startswith("ASSET_")] == [kind for kind in seen if kind in told]
+    assert not any(kind.startswith("ASSET_") for kind in seen)
+    assert following._pop_events(instance, result.run_id, set()) == []
 
 
 def test_steps_go_where_their_tags_say_and_outlive_their_node(
