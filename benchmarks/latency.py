@@ -53,7 +53,7 @@ def wait(what: str, ready: Any) -> Any:
     while time.monotonic() < end:
         if answer := ready():
             return answer
-        time.sleep(0.25)
+        time.sleep(0.1)
     raise SystemExit(f"{what}: not within {DEADLINE_S:.0f} s")
 
 

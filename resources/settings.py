@@ -109,7 +109,7 @@ class Ingestion(_Section):
     folder_quiet_s: float = Field(4.0, ge=0, description="a file unchanged for this long counts as written, seconds")
     # Not 0: times of files advance in steps of up to 10 ms, and a second change within one would go unseen.
     folder_closed_s: float = Field(
-        0.5, ge=0.1, description="a new file unchanged for this long that nobody writes to counts as written, seconds"
+        0.2, ge=0.1, description="a new file unchanged for this long that nobody writes to counts as written, seconds"
     )
     folder_hold_s: float = Field(600.0, ge=0, description="wait before many files gone at once are believed, seconds")
     queue_url: str | None = Field(None, description="SQS queue fed by S3 event notifications")

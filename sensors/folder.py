@@ -15,7 +15,7 @@ from sensors.intervals import every, stay_s
 
 NAME = "folder_sensor"
 INTERVAL_S = 5
-_LOOK_EVERY_S = 0.5  # within a tick
+_LOOK_EVERY_S = 0.2  # within a tick
 _REST = 4  # times a look's own duration: large folders are looked at less often
 _LONGEST_REST_S = 300
 _TOLD = 20
