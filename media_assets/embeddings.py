@@ -129,8 +129,9 @@ class Embeddings(Stage[Still | str, Embedded]):
 
     def assemble(self, inputs: Inputs, carry: _Item, outputs: Mapping[str, Embedded]) -> Product:
         """The item's rows, by unit, ordinal and space."""
+        about = {"media_id": inputs.media_id, "model": self.spec.identity, "version": inputs.version}
         rows = [
-            {"media_id": inputs.media_id, "model": self.spec.identity, "version": inputs.version, **row}
+            {**about, **row}
             for row in (*_picture_rows(carry, outputs), *_shot_rows(carry, outputs), *_text_rows(carry, outputs))
         ]
         counts = {

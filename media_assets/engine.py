@@ -429,6 +429,7 @@ class _Batch:
         self.claimed: dict[tuple[str, str], Claim] = {}
         self.ending: list[tuple[Task, How, Ending, Product | None]] = []
         self.previews = Counter[str]()
+        self.identities: dict[str, tuple[str, ...]] = {}
         self.recorded_at = 0.0
         self.working = self.inferring = self.unanswered = 0
         self.settled: deque[Result] = deque()
@@ -797,8 +798,10 @@ class _Batch:
     # -- outcomes -------------------------------------------------------------------------------------
 
     def _cost(self, task: Task, rows: int = 0, bytes_out: int = 0, answered: Sequence[str] | None = None) -> Cost:
-        names = [spec.identity for spec in task.stage.specs()] if answered is None else answered
-        models = ", ".join(names) or None
+        name = task.stage.name
+        if answered is None and name not in self.identities:
+            self.identities[name] = tuple(spec.identity for spec in task.stage.specs())
+        models = ", ".join(self.identities[name] if answered is None else answered) or None
         device = task.stage.answered_on(task.media_id) or (self.device if models else "cpu")
         return Cost(task.seconds, task.units, rows, bytes_out, device, models)
 

@@ -35,6 +35,36 @@ def test_the_kept_table_is_the_one_in_the_file(store: DerivedStore, tmp_path: Pa
     assert kept.schema.equals(read.schema, check_metadata=True)
 
 
+def value(kind: pa.DataType) -> object:
+    """Something of an Arrow type."""
+    if pa.types.is_list(kind):
+        return [value(kind.value_type)] * 2
+    if pa.types.is_struct(kind):
+        return {field.name: value(field.type) for field in kind}
+    if pa.types.is_string(kind):
+        return "été"
+    return (
+        b"12345678"
+        if pa.types.is_binary(kind) or pa.types.is_fixed_size_binary(kind)
+        else pa.scalar(1).cast(kind).as_py()
+    )
+
+
+@pytest.mark.parametrize(("asset", "side"), TABLES)
+def test_rows_become_the_table_that_arrow_makes_of_them(asset: str, side: str) -> None:
+    """Given rows with all fields and with the required ones alone, or none, then the table is the one Arrow makes."""
+    schema = TABLES[asset, side]
+    full = {field.name: value(field.type) for field in schema}
+    least = {field.name: full[field.name] for field in schema if not field.nullable}
+    for rows in ([full, least, full], []):
+        made = schemas.table(schema, rows)
+        assert made.equals(pa.Table.from_pylist(rows, schema=schema), check_metadata=True)
+        made.validate(full=True)
+    for wrong in ({**full, "other": 1}, {**full, "media_id": None}):
+        with pytest.raises(ValueError, match="fields"):
+            schemas.table(schema, [wrong])
+
+
 def test_what_was_just_written_is_not_read_again(store: DerivedStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Given a table in memory, then no file is opened for it or for some of its columns, as long as it is the same."""
     store.write("numbers", "a", numbers(1, 2))

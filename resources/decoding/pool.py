@@ -33,7 +33,7 @@ from resources.process import fate, helper_environment
 
 START_TIMEOUT_S = 120.0
 LISTEN_S = 1.0
-RECYCLE_FILES = 500
+RECYCLE_FILES = 5_000
 RECYCLE_RSS_BYTES = 768 * 2**20
 READ_BYTES = 1 << 20
 PIPE_BYTES = 1 << 20
