@@ -11,7 +11,11 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import LazyLoader
+from types import ModuleType
 
 import pyarrow as pa
 
@@ -23,6 +27,22 @@ NICENESS = 10
 """It gives way to the step's work, beside which it imports: nobody waits for it before that is done."""
 
 
+UNUSED = frozenset({"altair", "scipy.stats"})
+"""What Great Expectations imports for plots and for expectations about distributions: a third of all it takes."""
+
+
+class Deferred:
+    """A finder of modules that are imported when something of them is first used, if ever."""
+
+    @staticmethod
+    def find_spec(name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """The module as found on the path, to be loaded later; None leaves it to the other finders."""
+        spec = PathFinder.find_spec(name, path, target) if name in UNUSED else None
+        if spec is not None and spec.loader is not None:
+            spec.loader = LazyLoader(spec.loader)
+        return spec
+
+
 def main(parent: int) -> None:
     """Serve requests until the parent closes the pipe."""
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
@@ -32,6 +52,7 @@ def main(parent: int) -> None:
     fault("checker.start")
     # Nothing of what is imported will be garbage; to look for some meanwhile takes a sixth of the time.
     gc.disable()
+    sys.meta_path.insert(0, Deferred)
     from media_assets import expectations
 
     expectations.prepare()

@@ -21,7 +21,7 @@ from media_assets.partitions import partition_of
 from media_assets.provenance import CODE_VERSION_TAG, Provenance
 from resources.settings import Settings
 
-MOST = 128
+MOST = 1000
 """Results kept before they are written."""
 LONGEST_S = 2.0
 """Time after which what there is is written, seconds."""

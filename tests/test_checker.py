@@ -72,6 +72,29 @@ def test_it_gives_way_to_the_process_it_works_for(own: Checker) -> None:
         assert session.read_text().split()[-1] == str(NICENESS)
 
 
+def test_it_leaves_out_what_no_check_uses(own: Checker) -> None:
+    """Given a checker that has checked tables, then it holds nothing of the libraries they do not need."""
+    for asset in ("media", "embeddings"):
+        ask(own, asset)
+    mapped = Path(f"/proc/{own.pid()}/maps").read_text()
+    assert "/pandas/" in mapped
+    assert "/scipy/stats/" not in mapped
+
+
+def test_what_is_left_out_is_there_when_it_is_used() -> None:
+    """Given the checker's finder, then a module runs at the first use of what is in it, not before."""
+    used = """
+import sys
+from media_assets.check_worker import Deferred
+sys.meta_path.insert(0, Deferred)
+from scipy import stats
+assert "scipy.optimize" not in sys.modules
+assert stats.norm.cdf(0) == 0.5
+assert "scipy.optimize" in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", used], check=True)
+
+
 def test_a_process_killed_over_a_table_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Given a process killed with the table in its hands, then the answer comes from another one, which stays."""
     killed = die_over_a_table(monkeypatch, times=1)

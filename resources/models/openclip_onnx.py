@@ -68,15 +68,16 @@ class Preparation:
     """How a picture becomes pixels: the very values that torchvision's transforms give for the same configuration."""
 
     side: int
-    mean: Vectors
-    std: Vectors
+    values: Vectors
+    """float32 [3, 256]: what each of a channel's values becomes."""
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Self:
         """As a checkpoint's configuration says."""
         given = config["preprocess_cfg"]
-        mean, std = (np.array(given[name], np.float32)[:, None, None] for name in ("mean", "std"))
-        return cls(config["model_cfg"]["vision_cfg"]["image_size"], mean, std)
+        mean, std = (np.array(given[name], np.float32)[:, None] for name in ("mean", "std"))
+        values = (np.arange(256, dtype=np.float32) / _WHITE - mean) / std
+        return cls(config["model_cfg"]["vision_cfg"]["image_size"], values)
 
     def pixels(self, image: Image.Image) -> Vectors:
         """float32 [3, side, side] of an RGB image: its shorter side resized to `side`, and the middle of the longer."""
@@ -84,10 +85,9 @@ class Preparation:
         resized = image.resize((side * image.width // short, side * image.height // short), Image.Resampling.BICUBIC)
         left, top = round((resized.width - side) / 2), round((resized.height - side) / 2)
         square = np.asarray(resized.crop((left, top, left + side, top + side)))
-        pixels = square.transpose(2, 0, 1).astype(np.float32, order="C")
-        pixels /= _WHITE
-        pixels -= self.mean
-        pixels /= self.std
+        pixels = np.empty((3, side, side), np.float32)
+        for channel, values in enumerate(self.values):
+            values.take(square[:, :, channel], out=pixels[channel], mode="clip")  # the other modes copy `out`
         return pixels
 
 
