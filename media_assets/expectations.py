@@ -190,19 +190,30 @@ def _not_null(gx: Any, entry: Expectation) -> list[Any]:
 
 def _ruled(gx: Any, entry: Expectation) -> list[Any]:
     """What it is asked of an entry's range, set or pattern, which it does not apply to nulls."""
-    kinds, meta = gx.expectations, {"name": entry.name}
-    made: list[Any] = []
+    kinds = gx.expectations
+    asked: list[tuple[Any, dict[str, Any]]] = []
     if entry.low is not None or entry.high is not None:
-        made.append(
-            kinds.ExpectColumnValuesToBeBetween(
-                column=entry.column, min_value=entry.low, max_value=entry.high, meta=meta
-            )
-        )
+        asked.append((kinds.ExpectColumnValuesToBeBetween, {"min_value": entry.low, "max_value": entry.high}))
     if entry.allowed is not None:
-        made.append(kinds.ExpectColumnValuesToBeInSet(column=entry.column, value_set=list(entry.allowed), meta=meta))
+        asked.append((kinds.ExpectColumnValuesToBeInSet, {"value_set": list(entry.allowed)}))
     if entry.pattern is not None:
-        made.append(kinds.ExpectColumnValuesToMatchRegex(column=entry.column, regex=entry.pattern, meta=meta))
-    return made
+        asked.append((kinds.ExpectColumnValuesToMatchRegex, {"regex": entry.pattern}))
+    return [_described_once(kind)(column=entry.column, meta={"name": entry.name}, **how) for kind, how in asked]
+
+
+@cache
+def _described_once(kind: Any) -> Any:
+    """A kind of expectation that makes its configuration once: the library asks for it a hundred times a table."""
+    from great_expectations.compatibility.pydantic import PrivateAttr
+
+    def configuration(self: Any) -> Any:
+        if self._configuration is None:
+            self._configuration = kind.configuration.fget(self)
+        return self._configuration
+
+    # The library registers expectations by the names of their classes.
+    body = {"__module__": __name__, "_configuration": PrivateAttr(None), "configuration": property(configuration)}
+    return type(kind)(f"{kind.__name__}Once", (kind,), body)
 
 
 def _expectation_report(frame: Frame, entry: Expectation, broken: Sequence[int]) -> ExpectationReport:
