@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -85,30 +85,61 @@ class Work:
     # -- processing -----------------------------------------------------------------------------------
 
     def _process(self, items: Sequence[MediaItem]) -> None:
-        from media_assets.checker import checker
+        from jobs.express import WHOLE, WHOLE_JOB, pools
         from media_assets.grouping import groups
-        from media_assets.partitions import add_partitions, explicit_batch_tags
+        from media_assets.partitions import explicit_batch_tags
         from media_assets.planning import pending
 
         settings, models = self.library.settings, self.library.models
-        chosen = groups(settings)
-        stages = {group.name: self._selected(group.load(settings, models)) for group in chosen}
+        every = {group.name: self._selected(group.load(settings, models)) for group in groups(settings)}
+        stages = {name: chosen for name, chosen in every.items() if chosen}
         ids = [item.media_id for item in items]
-        registered = False
-        for group in chosen:
-            if not stages[group.name]:
+        # Items that need several groups go through them in one run, unless the settings limit groups apart.
+        together = self._needing_several(items, stages) if len(pools(settings)) == 1 else {}
+        for names, keys in together.items():
+            self._say(f"{', '.join(names)}: {len(keys)} of {len(items)} items to do")
+            assets = [stage.name for name in names for stage in stages[name]]
+            for batch in self._batches(keys):
+                self._execute(WHOLE_JOB, WHOLE, {}, {"keys": batch, "assets": assets})
+        for name, chosen in stages.items():
+            tried = {key for names, keys in together.items() if name in names for key in keys}
+            left = [item for item in items if item.media_id not in tried]
+            if not left:
                 continue
-            waiting = pending(items, stages[group.name], self.library.outcomes.load(ids))
-            self._say(f"{group.name}: {len(waiting)} of {len(items)} items to do")
-            if waiting and not registered:
-                checker().warm()  # beside Dagster's imports; the first check may come soon after
-                add_partitions(self.instance, settings, ids)
-                registered = True
-            names = [stage.name for stage in stages[group.name]]
-            size = self.library.settings.engine.batch_items
-            for first in range(0, len(waiting), size):
-                batch = waiting[first : first + size]
-                self._execute(f"process_{group.name}", group.name, explicit_batch_tags(batch, settings), batch, names)
+            waiting = pending(left, chosen, self.library.outcomes.load(ids))
+            self._say(f"{name}: {len(waiting)} of {len(left)} items to do")
+            for batch in self._batches(waiting):
+                tags = explicit_batch_tags(batch, settings)
+                self._execute(f"process_{name}", name, tags, {"keys": batch}, [stage.name for stage in chosen])
+
+    def _needing_several(
+        self, items: Sequence[MediaItem], stages: Mapping[str, list[Stage[Any, Any]]]
+    ) -> dict[tuple[str, ...], list[str]]:
+        """Media IDs by the groups, two or more, in which something of them is pending."""
+        from media_assets.planning import pending
+
+        records = self.library.outcomes.load([item.media_id for item in items])
+        needed: dict[str, list[str]] = {}
+        for name, chosen in stages.items():
+            for key in pending(items, chosen, records):
+                needed.setdefault(key, []).append(name)
+        found: dict[tuple[str, ...], list[str]] = {}
+        for item in items:
+            if len(names := needed.get(item.media_id, [])) > 1:
+                found.setdefault(tuple(names), []).append(item.media_id)
+        return found
+
+    def _batches(self, waiting: Sequence[str]) -> Iterator[list[str]]:
+        """Batches of the items waiting, which are partitions before the first of them is worked on."""
+        from media_assets.checker import checker
+        from media_assets.partitions import add_partitions
+
+        if waiting:
+            checker().warm()  # beside Dagster's imports; the first check may come soon after
+            add_partitions(self.instance, self.library.settings, waiting)
+        size = self.library.settings.engine.batch_items
+        for first in range(0, len(waiting), size):
+            yield list(waiting[first : first + size])
 
     def _selected(self, stages: list[Stage[Any, Any]]) -> list[Stage[Any, Any]]:
         return [stage for stage in stages if not self.select or stage.name in self.select]
@@ -123,7 +154,7 @@ class Work:
             return
         self._say("rebuilding the catalog, the index shards and the near-duplicate groups")
         buckets = self.library.settings.index.buckets
-        self._execute("rebuild", None, range_tags(bucket_key(0), bucket_key(buckets - 1)), [], wanted)
+        self._execute("rebuild", None, range_tags(bucket_key(0), bucket_key(buckets - 1)), {}, wanted)
 
     # -- Dagster ----------------------------------------------------------------------------------------
 
@@ -136,8 +167,14 @@ class Work:
         return self._instance
 
     def _execute(
-        self, job: str, op: str | None, tags: dict[str, str], keys: Sequence[str], assets: Sequence[str]
+        self,
+        job: str,
+        op: str | None,
+        tags: dict[str, str],
+        config: dict[str, list[str]],
+        assets: Sequence[str] | None = None,
     ) -> None:
+        """Execute a job, with `config` for its op; `assets` are those chosen of an asset job."""
         import dagster as dg
 
         from media_assets.partitions import HOST_TAG
@@ -151,11 +188,11 @@ class Work:
         result = self._definitions.resolve_job_def(job).execute_in_process(
             instance=instance,
             run_config={
-                **({"ops": {op: {"config": {"keys": list(keys)}}}} if op else {}),
+                **({"ops": {op: {"config": config}}} if op else {}),
                 "loggers": {"console": {"config": {"log_level": "CRITICAL"}}},
             },
             tags={**tags, HOST_TAG: socket.gethostname()},
-            asset_selection=[dg.AssetKey(name) for name in assets],
+            asset_selection=None if assets is None else [dg.AssetKey(name) for name in assets],
             raise_on_error=True,
         )
         self.summary.runs.append(result.run_id)

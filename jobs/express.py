@@ -1,13 +1,16 @@
-"""The express way: a small batch on an idle system goes through all groups and the rebuild in one run.
+"""Whole runs: one step takes a batch through all groups, on one machine.
 
-Three runs after another, and a fourth for the rebuild, each wait for a tick, a slot and a process. That is right
-for throughput, where groups run on machines of their own, and wrong for the one upload somebody waits for.
+Three runs after another, and a fourth for the rebuild, each wait for a tick, a slot and a process. That is right where
+groups run on machines of their own. It is wrong for the one upload somebody waits for: that has the express run, which
+the planner launches on an idle system. And it is wrong for a process that does all of the work itself, as `media-assets
+run`: there decoders work on the next items while the models have the last ones, and nothing waits for a group's end.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
 import dagster as dg
+from pydantic import Field
 
 from media_assets.buckets import BucketBusy
 from media_assets.checker import checker
@@ -23,47 +26,66 @@ from resources.settings import Settings
 
 EXPRESS = "express"
 EXPRESS_JOB = f"process_{EXPRESS}"
+WHOLE = "process"
+WHOLE_JOB = f"{WHOLE}_all"
+
+
+class WholeBatch(Batch):
+    """What a whole run works on."""
+
+    assets: list[str] = Field(default_factory=list, description="the assets to make; all of them where none is named")
 
 
 def build_express_job(settings: Settings) -> dg.JobDefinition:
     """The job of express batches."""
+    told = "A small batch through all groups in one run: what the planner launches on an idle system."
+    return _job(settings, EXPRESS_JOB, EXPRESS, told, rebuilds=True)
+
+
+def build_whole_job(settings: Settings) -> dg.JobDefinition:
+    """The job of a process that does all of the work itself."""
+    told = "A batch through several groups in one run: what `media-assets run` executes."
+    return _job(settings, WHOLE_JOB, WHOLE, told, rebuilds=False)
+
+
+def _job(settings: Settings, name: str, op: str, told: str, rebuilds: bool) -> dg.JobDefinition:
     needs = _needs(settings)
-    tags = op_tags(EXPRESS, needs, settings.compute)
+    tags = op_tags(op, needs, settings.compute)
 
     @dg.op(
-        name=EXPRESS,
-        description="All stages over a batch of media items, then the rebuild where that is quick.",
+        name=op,
+        description=f"All stages over a batch of media items{', then the rebuild where that is quick' * rebuilds}.",
         tags=tags,
         pool=needs.pool_name,
         out=dg.Out(dg.Nothing),
         required_resource_keys={"media"},
     )
-    def express(context: dg.OpExecutionContext, config: Batch) -> Iterator[Any]:
+    def whole(context: dg.OpExecutionContext, config: WholeBatch) -> Iterator[Any]:
         library: Library = context.resources.media
         checker().warm()
         # While this run lives it may write of items that were there when it began: a purge asks for its lease.
         with library.outcomes.lease(context.run.run_id):
             batch = media_items(library, config.keys)
             stages = [
-                stage for group in groups(library.settings) for stage in group.load(library.settings, library.models)
+                stage
+                for group in groups(library.settings)
+                for stage in group.load(library.settings, library.models)
+                if not config.assets or stage.name in config.assets
             ]
             checks = [(stage.name, check) for stage in stages for check in (ITEMS, EXPECTATIONS)]
             with Checks(library, checks, [item.media_id for item in batch]) as asked:
                 with processor(needs, library, context.log.info) as device:
-                    materialize(context, library, stages, batch, device, settled=asked.settled)
-                yield from _rebuild(context, library)
+                    materialize(context, library, stages, batch, device, config.careful, asked.settled)
+                if rebuilds:
+                    yield from _rebuild(context, library)
                 yield from asked.results()
         yield dg.Output(None)
 
-    @dg.job(
-        name=EXPRESS_JOB,
-        description="A small batch through all groups in one run: what the planner launches on an idle system.",
-        tags=run_tags(tags, settings.compute.executor),
-    )
-    def process_express() -> None:
-        express()
+    @dg.job(name=name, description=told, tags=run_tags(tags, settings.compute.executor))
+    def whole_job() -> None:
+        whole()
 
-    return process_express
+    return whole_job
 
 
 def _needs(settings: Settings) -> Needs:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from media_assets import schemas
-from media_assets.decoding import decoded
+from media_assets.decoding import DECODED, decoded
 from media_assets.stage import Inputs, Prepared, Product, Stage
 from media_assets.tracks import SAMPLE_RATE
 from resources.decoding.client import AudioPart
@@ -28,6 +28,7 @@ class Audio(Stage[None, None]):
     """
 
     name = "audio"
+    memo = DECODED
     inputs = ("media",)
     code_version = "1"
     description = "16 kHz mono audio, lossless, in step with the picture."

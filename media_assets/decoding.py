@@ -8,6 +8,8 @@ from resources.decoding.sources import Source, localize
 from resources.settings import Settings
 
 PARTS = frozenset({"frames", "audio"})
+DECODED = "decoded"
+"""The memo of the stages that read the file itself."""
 
 
 def source(inputs: Inputs, settings: Settings) -> Source:

@@ -13,7 +13,7 @@ warnings.filterwarnings("ignore", category=dg.PreviewWarning)
 
 from evals.assets import eval_assets, eval_checks  # noqa: E402
 from jobs.executors import executor  # noqa: E402
-from jobs.express import build_express_job  # noqa: E402
+from jobs.express import build_express_job, build_whole_job  # noqa: E402
 from jobs.processing import build_processing_jobs  # noqa: E402
 from jobs.rebuild import build_rebuild_job, build_rebuild_schedule  # noqa: E402
 from media_assets.global_assets import build_global_assets  # noqa: E402
@@ -47,7 +47,7 @@ def build(library: Library) -> dg.Definitions:
             *eval_assets,
         ],
         asset_checks=eval_checks,
-        jobs=jobs,
+        jobs=[*jobs, build_whole_job(settings)],
         schedules=[build_rebuild_schedule(rebuild_job, settings.index.buckets)],
         sensors=[
             build_alert_sensor(settings),

@@ -335,13 +335,13 @@ class Task:
 class Flight:
     """One item in flight: the records it has so far, and the stages still to settle."""
 
-    __slots__ = ("item", "memo", "open", "records")
+    __slots__ = ("item", "memos", "open", "records")
 
     def __init__(self, item: MediaItem, stages: Sequence[Stage[Any, Any]], records: dict[str, Outcome]) -> None:
         self.item = item
         self.records = records
         self.open = {stage.name: stage for stage in stages}
-        self.memo = Memo()
+        self.memos = {stage.memo: Memo() for stage in stages}
 
 
 class BatchEngine:
@@ -561,7 +561,8 @@ class _Batch:
         self.claimed[task.media_id, task.stage.name] = claim
         wants = self.previews[task.stage.name] < self.settings.previews_per_run
         self.previews[task.stage.name] += wants
-        task.inputs = Inputs(task.flight.item, self.store, task.version, self.selected, wants, task.flight.memo)
+        memo = task.flight.memos[task.stage.memo]
+        task.inputs = Inputs(task.flight.item, self.store, task.version, self.selected, wants, memo)
         if claim.twin is not None and task.stage.inputs:
             self._copy(task, claim.twin)
         else:
@@ -862,6 +863,8 @@ class _Batch:
         for follower in self._followers(task):
             self._start(follower)
         self._start_ready(flight)
+        if all(other.name in flight.records for other in self.stages if other.memo == task.stage.memo):
+            flight.memos[task.stage.memo].clear()  # a decoded film does not wait for its transcript
         if not flight.open and all(stage.name in flight.records for stage in self.stages):
             self._land(flight)
 
@@ -875,7 +878,6 @@ class _Batch:
 
     def _land(self, flight: Flight) -> None:
         if self.flights.pop(flight.item.media_id, None) is not None:
-            flight.memo.clear()
             self.progress.items_done += 1
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from media_assets import schemas
-from media_assets.decoding import decoded
+from media_assets.decoding import DECODED, decoded
 from media_assets.previews.contact_sheet import contact_sheet
 from media_assets.stage import Inputs, Prepared, Product, Stage
 from resources.decoding.client import FramesPart
@@ -32,6 +32,7 @@ class Frames(Stage[None, None]):
     """
 
     name = "frames"
+    memo = DECODED
     inputs = ("media",)
     code_version = "1"
     description = "Stills at a steady rate and at every change, and the 48x27 track of all frames."

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from media_assets import schemas
-from media_assets.decoding import source
+from media_assets.decoding import DECODED, source
 from media_assets.stage import Inputs, Prepared, Product, Stage
 from media_assets.versions import code_version
 from resources.decoding.client import Probed, decoder
@@ -22,6 +22,7 @@ class Media(Stage[None, None]):
     """
 
     name = "media"
+    memo = DECODED
     code_version = "1"
     description = "Kind, codecs, size, duration and SHA-256 of the file, and the text of a document."
 

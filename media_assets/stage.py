@@ -73,7 +73,7 @@ class Product:
 class Inputs:
     """What a stage may read about one item: its upstream tables, and a memo shared within the batch.
 
-    Lives as long as the item is in flight. Thread-safe.
+    The memo lives as long as the item is in flight, and with it stages that share the memo. Thread-safe.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Inputs:
         return row
 
     def once(self, key: object, make: Callable[[], T]) -> T:
-        """`make()`, computed once for the item within the batch, whichever stage asks first."""
+        """`make()`, computed once for the item within the batch, whichever stage that shares the memo asks first."""
         return self._memo.once(key, make)
 
 
@@ -178,6 +178,7 @@ class Stage(ABC, Generic[P, O]):
     routed: ClassVar[tuple[str, ...]] = ()  # tasks among them whose routes the stage follows
     screened: ClassVar[tuple[tuple[str, ...], ...]] = ()  # tasks among them whose models may screen one another
     micro_batch: ClassVar[int] = 8
+    memo: ClassVar[str] = ""  # stages of one name share `Inputs.once`, until the last of them is settled
     description: ClassVar[str] = ""
 
     def __init__(self, settings: Settings, models: ModelRegistry) -> None:

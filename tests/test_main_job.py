@@ -342,7 +342,7 @@ def test_ctrl_c_keeps_what_is_finished(installation: Installation, first: dict[s
     process = installation.start("run", str(tmp_path / "photos"))
     assert process.stderr is not None
     for line in process.stderr:
-        if line.startswith("decode:") and "/" in line:
+        if line.startswith("process:") and "/" in line:
             break
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
