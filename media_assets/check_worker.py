@@ -21,10 +21,10 @@ import pyarrow as pa
 
 from resources.errors import printable
 from resources.faults import fault
-from resources.process import die_with, give_way
+from resources.process import die_with, giving_way
 
 NICENESS = 10
-"""It gives way to the step's work, beside which it imports: nobody waits for it before that is done."""
+"""By how much its import gives way to the step's work. The checks do not: a step's end waits for them."""
 
 
 UNUSED = frozenset({"altair", "scipy.stats"})
@@ -48,20 +48,23 @@ def main(parent: int) -> None:
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not get between the answers
     die_with(parent)
-    give_way(NICENESS)
     fault("checker.start")
     # Nothing of what is imported will be garbage; to look for some meanwhile takes a sixth of the time.
     gc.disable()
     sys.meta_path.insert(0, Deferred)
-    from media_assets import expectations
-
-    expectations.prepare()
+    giving_way(NICENESS, _prepare)
     gc.freeze()
     gc.enable()
     while line := requests.readline():
         table, media = (pa.ipc.open_stream(requests).read_all() for _ in range(2))
         answers.write(_answer(json.loads(line)["asset"], table, media) + b"\n")
         answers.flush()
+
+
+def _prepare() -> None:
+    from media_assets import expectations
+
+    expectations.prepare()
 
 
 def _answer(asset: str, table: pa.Table, media: pa.Table) -> bytes:

@@ -6,8 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import dagster as dg
@@ -61,15 +63,33 @@ def own() -> Iterator[Checker]:
     made.close()
 
 
-def test_it_gives_way_to_the_process_it_works_for(own: Checker) -> None:
-    """Given a checker, then its priority is lower, and that of its session where the kernel shares cores by session."""
-    ask(own, "media")
+def test_its_import_gives_way_and_its_checks_do_not(own: Checker) -> None:
+    """Given a checker that starts, then it imports at a lower priority, and that of its session is lower where the
+    kernel shares cores by session; once it has answered, both are as they were."""
+    own.warm()
     pid = own.pid()
     assert pid is not None
-    assert psutil.Process(pid).nice() == psutil.Process().nice() + NICENESS
+    usual = psutil.Process().nice()
     session = Path(f"/proc/{pid}/autogroup")
-    if session.exists():
-        assert session.read_text().split()[-1] == str(NICENESS)
+    wanted = ({usual + NICENESS}, str(NICENESS)) if session.exists() else ({usual + NICENESS}, "")
+    seen = [_priorities(pid)]
+    deadline = time.monotonic() + LIMIT_S
+    while not (wanted[0] <= seen[-1][0] and seen[-1][1] == wanted[1]):
+        assert time.monotonic() < deadline, seen[-1]
+        time.sleep(0.01)
+        seen.append(_priorities(pid))
+    ask(own, "media")
+    assert _priorities(pid) == ({usual}, "0" if session.exists() else "")
+
+
+def _priorities(pid: int) -> tuple[set[int], str]:
+    """Niceness of the threads of a process, and of its session where there is such a thing."""
+    session = Path(f"/proc/{pid}/autogroup")
+    threads = set()
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        with suppress(ProcessLookupError):  # it ended meanwhile
+            threads.add(os.getpriority(os.PRIO_PROCESS, int(thread)))
+    return threads, session.read_text().split()[-1] if session.exists() else ""
 
 
 def test_it_leaves_out_what_no_check_uses(own: Checker) -> None:

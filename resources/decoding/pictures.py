@@ -90,13 +90,15 @@ def image_still(picture: Image.Image, max_side: int) -> tuple[Still, Image.Image
     """
     lossless = picture.format in LOSSLESS and picture.width * picture.height <= PNG_MAX_PIXELS
     picture.load()
-    upright = _rgb(ImageOps.exif_transpose(picture))
+    ImageOps.exif_transpose(picture, in_place=True)
+    upright = _rgb(picture)
     upright.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     form, options = ("PNG", PNG_IMAGE) if lossless else ("JPEG", JPEG_IMAGE)
     reduction = reduced(upright)
     still = encoded(upright, reduction, form, options)
-    reduction.thumbnail(THUMBNAIL)
-    return still, reduction
+    thumbnail = reduction.copy()
+    thumbnail.thumbnail(THUMBNAIL)
+    return still, thumbnail
 
 
 def encoded(picture: Image.Image, reduction: Image.Image, form: str, options: dict[str, int]) -> Still:
@@ -161,7 +163,7 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
 
 
 def _rgb(picture: Image.Image) -> Image.Image:
-    """Any mode as RGB: deep greys scaled to 8 bits, transparency over white."""
+    """Any mode as RGB: deep greys scaled to 8 bits, transparency over white; itself where it is RGB."""
     if picture.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
     if picture.mode in ("I", "F"):
@@ -171,7 +173,7 @@ def _rgb(picture: Image.Image) -> Image.Image:
         canvas = Image.new("RGB", layer.size, (255, 255, 255))
         canvas.paste(layer, mask=layer.getchannel("A"))
         return canvas
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def _stretched(picture: Image.Image) -> Image.Image:
