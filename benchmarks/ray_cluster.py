@@ -272,4 +272,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # The runs' processes, and those of their steps, find the jobs by the name of their module.
+    from benchmarks import ray_cluster
+
+    sys.exit(ray_cluster.main())
