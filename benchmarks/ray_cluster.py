@@ -273,6 +273,6 @@ def main() -> int:
 
 if __name__ == "__main__":
     # The runs' processes, and those of their steps, find the jobs by the name of their module.
-    from benchmarks import ray_cluster
+    from benchmarks.ray_cluster import main as of_the_module
 
-    sys.exit(ray_cluster.main())
+    sys.exit(of_the_module())

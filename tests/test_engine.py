@@ -6,8 +6,9 @@ import subprocess
 import sys
 import threading
 import uuid
+import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -369,6 +370,35 @@ def test_every_item_ends_in_exactly_one_outcome(
             assert hurt or any(not source.done for source in upstream)
             assert record.error_class
             assert record.error
+
+
+class Film:
+    """Something large."""
+
+
+def test_a_memo_ends_with_the_last_stage_that_shares_it(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given two stages that share what is made once per item and a third that does not, then the two get the same, the
+    third one of its own, and the first is gone before the third begins."""
+    made: dict[str, list[weakref.ref[Film]]] = {}
+    left: list[bool] = []
+
+    def asks(values: Callable[[Toy, Inputs], list[int]]) -> Callable[[Toy, Inputs], list[int]]:
+        def asking(stage: Toy, inputs: Inputs) -> list[int]:
+            if stage.name == "total":
+                left.append(any(film() is not None for film in made[inputs.media_id]))
+            made.setdefault(inputs.media_id, []).append(weakref.ref(inputs.once("film", Film)))
+            return values(stage, inputs)
+
+        return asking
+
+    for kind in CHAIN:
+        monkeypatch.setattr(kind, "values", asks(kind.values))
+    for kind in (Numbers, Doubled):
+        monkeypatch.setattr(kind, "memo", "shared")
+    batch = items("a", "b", "c")
+    assert all(result.done for result in bench.run(batch, bench.stages()))
+    assert left == [False] * len(batch)
+    assert all(first is second and second is not third for first, second, third in made.values())
 
 
 def test_total_reads_both_of_its_inputs(bench: Bench) -> None:

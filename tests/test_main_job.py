@@ -159,6 +159,26 @@ def test_a_killed_run_is_resumed_and_not_repeated(installation: Installation, fi
     assert total - recomputed >= 39
 
 
+def jobs_of(installation: Installation, summary: dict[str, Any]) -> list[str]:
+    """Names of the jobs that a run executed."""
+    import sqlalchemy as sa
+
+    engine = sa.create_engine(installation.database_url)
+    with engine.connect() as connection:
+        query = sa.text("select pipeline_name from runs where run_id = any(:ids) order by id")
+        names = list(connection.execute(query, {"ids": summary["runs"]}).scalars())
+    engine.dispose()
+    return names
+
+
+def test_items_go_through_all_groups_in_one_run(installation: Installation, first: dict[str, Any]) -> None:
+    """Given files of which some were decoded when the first run was killed, then there is one run for what needs each
+    set of groups, and none of one group alone."""
+    names = jobs_of(installation, first)
+    assert names[-1] == "rebuild"
+    assert set(names[:-1]) == {"process_all"}
+
+
 def test_running_again_finds_nothing_to_do(installation: Installation, first: dict[str, Any]) -> None:
     """Given a finished run, when it is repeated, then no Dagster run starts and no table changes."""
     before = {path: path.stat().st_mtime_ns for path in (installation.home / "derived").rglob("*.parquet")}
@@ -282,6 +302,7 @@ def test_a_model_change_recomputes_exactly_its_dependants(
         summary = installation.json("run", str(SAMPLES))
     finally:
         (installation.home / "models.toml").unlink()
+    assert jobs_of(installation, summary)[:2] == ["process_analyse", "process_label"]  # nothing else is touched
     assert set(summary["computed"]) <= {"moderation_scores", "moderation_labels"}
     assert summary["computed"]["moderation_scores"] > 0
     after = {(row["media_id"], row["asset"]): row["version"] for row in installation.sql("select * from outcomes")}
