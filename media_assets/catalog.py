@@ -21,13 +21,13 @@ import pyarrow.parquet as pq
 
 from media_assets import schemas
 from media_assets.buckets import exclusive, key
+from resources.blobs import lean
 from resources.catalog_files import (
     ITEMS,
     arrow_path,
     data_path,
     filesystem,
     items_path,
-    lean,
     manifest_path,
     publishing,
 )

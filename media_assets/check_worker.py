@@ -27,17 +27,25 @@ NICENESS = 10
 """By how much its import gives way to the step's work. The checks do not: a step's end waits for them."""
 
 
-UNUSED = frozenset({"altair", "scipy.stats"})
+DEFERRED = frozenset({"altair", "scipy.stats"})
 """What Great Expectations imports for plots and for expectations about distributions: a third of all it takes."""
 
+ABSENT = frozenset({"boto3", "botocore", "google", "psycopg2", "shapely", "sqlalchemy"})
+"""What it does without where it is not installed, and uses for tables in databases and clouds: a quarter of the rest."""
 
-class Deferred:
-    """A finder of modules that are imported when something of them is first used, if ever."""
+
+class Spared:
+    """A finder of modules the checks do not need: some are imported at their first use, if ever, others are not there."""
 
     @staticmethod
     def find_spec(name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """The module as found on the path, to be loaded later; None leaves it to the other finders."""
-        spec = PathFinder.find_spec(name, path, target) if name in UNUSED else None
+        """The module as found on the path, to be loaded later; None leaves it to the other finders.
+
+        Raises ModuleNotFoundError for those of `ABSENT`, as if they were not installed.
+        """
+        if name in ABSENT:
+            raise ModuleNotFoundError(f"{name} is not used in a checker process", name=name)
+        spec = PathFinder.find_spec(name, path, target) if name in DEFERRED else None
         if spec is not None and spec.loader is not None:
             spec.loader = LazyLoader(spec.loader)
         return spec
@@ -51,7 +59,7 @@ def main(parent: int) -> None:
     fault("checker.start")
     # Nothing of what is imported will be garbage; to look for some meanwhile takes a sixth of the time.
     gc.disable()
-    sys.meta_path.insert(0, Deferred)
+    sys.meta_path.insert(0, Spared)
     giving_way(NICENESS, _prepare)
     gc.freeze()
     gc.enable()

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 
 from media_assets import schemas
 from media_assets.check_report import CheckReport, ExpectationReport, WorstRow
-from resources.catalog_files import lean
+from resources.blobs import lean
 from resources.errors import printable
 
 WORST_ROWS = 10

@@ -24,9 +24,6 @@ from resources.storage import DerivedStore
 
 CATALOG = "catalog"
 
-BLOBS: dict[str, tuple[str, ...]] = {"frames": ("image",), "audio": ("flac",)}
-"""Columns too large for the catalog: read them per media item."""
-
 ITEMS = pa.schema(
     [
         pa.field("media_id", pa.string(), nullable=False),
@@ -36,12 +33,6 @@ ITEMS = pa.schema(
     ]
 )
 """Items of a compacted bucket; `problem` says why an item's file could not be read (it then has no rows)."""
-
-
-def lean(asset: str, schema: pa.Schema) -> pa.Schema:
-    """`schema` without the asset's blobs: the columns of the catalog."""
-    blobs = BLOBS.get(asset, ())
-    return pa.schema([field for field in schema if field.name not in blobs])
 
 
 def data_path(store: DerivedStore, asset: str, bucket: int) -> UPath:

@@ -16,15 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from upath import UPath
 
+from resources.blobs import BLOBS, lean
 from resources.catalog_files import (
-    BLOBS,
     arrow_path,
     compacted,
     data_path,
     dataset,
     filesystem,
     items_path,
-    lean,
 )
 from resources.errors import MediaError, printable
 from resources.storage import DerivedStore

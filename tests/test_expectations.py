@@ -16,7 +16,7 @@ import pytest
 from media_assets import expectations, schemas
 from media_assets.check_report import CheckReport, ExpectationReport
 from media_assets.checker import checker
-from resources.catalog_files import lean
+from resources.blobs import lean
 
 Row = dict[str, Any]
 MODEL, VERSION = "model@123456789abc", "v1"
