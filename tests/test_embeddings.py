@@ -213,6 +213,22 @@ def test_the_towers_give_what_their_checkpoint_gives(model: OpenClip, stock: Sto
     assert model.encode_texts(texts) == pytest.approx(told, abs=ROUNDING)
 
 
+def test_the_image_tower_is_convolutions_from_end_to_end(stock: Stock, tmp_path: Path) -> None:
+    """Given the image tower as ONNX Runtime computes it, then no padding stands between two convolutions, before and
+    after which it would lay out its values anew."""
+    import onnx
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # that such a file is for this machine alone
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(stock.folder / IMAGE_ONNX, options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node]
+    assert kinds.count("Conv") == 49
+    assert not {"Pad", "Shape", "Clip", "BatchNormalization"} & set(kinds)
+    assert kinds.count("ReorderInput") + kinds.count("ReorderOutput") <= 2
+
+
 def test_pictures_become_the_very_pixels_of_the_checkpoint(stock: Stock) -> None:
     preparation = Preparation.of(json.loads((stock.folder / CONFIG).read_text()))
     for size in SIZES:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 RECIPE = "2"
 """Changes whenever the same weights would give another checkpoint; the model's `recipe` parameter must agree."""
-LAYOUT = "2"
+LAYOUT = "3"
 """Changes whenever the folder of the same checkpoint holds other files; its vectors stay what they are."""
 IMAGE_TOWER = "tf_efficientnet_lite0_conse"
 IMAGE_WEIGHTS = "models/efficientnet-lite0-57934424.pth"
@@ -142,6 +142,21 @@ def fold_normalisations(trunk: Any) -> None:
                 setattr(module, next_name, norm.act)
 
 
+def fix_paddings(trunk: Any, pixels: Tensor) -> None:
+    """Let the image tower pad every convolution as it does for `pixels` [n, 3, height, width], in place.
+
+    Some of timm's work out their padding from what they are given, each time. As a constant, ONNX Runtime makes it a
+    part of the convolution: a quarter less time on a CPU for the same vectors.
+    """
+    from timm.layers.conv2d_same import Conv2dSame, Conv2dSameExport
+
+    for module in trunk.modules():
+        if type(module) is Conv2dSame:
+            module.__class__ = Conv2dSameExport  # the same but for the padding, which it keeps from its first call
+            module.pad, module.pad_input_size = None, (0, 0)
+    trunk(pixels)
+
+
 def both_spaces(tower: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Joint and visual vectors that a timm image tower gives for prepared pixels [n, 3, height, width]."""
     pooled = tower.trunk.forward_head(tower.trunk.forward_features(pixels), pre_logits=True)
@@ -205,7 +220,7 @@ def _build(weights: Mapping[str, Path], folder: Path) -> None:
 def _export(model: Any, ids: Tensor, folder: Path) -> None:
     """Write both towers as ONNX, tracing the text tower with `ids`, some of them padding.
 
-    Folds the normalisations of the image tower.
+    Folds the normalisations of the image tower, and fixes its paddings.
     """
     import torch
     from torch import nn
@@ -221,6 +236,7 @@ def _export(model: Any, ids: Tensor, folder: Path) -> None:
     fold_normalisations(model.visual.trunk)
     pixels = torch.zeros(2, 3, *model.visual.image_size)
     with torch.inference_mode(), warnings.catch_warnings():
+        fix_paddings(model.visual.trunk, pixels)
         # Told at every call: that newer versions prefer the exporter that compiles, and which values become constant.
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
