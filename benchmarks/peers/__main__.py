@@ -9,7 +9,7 @@ Parquet; with one worker that has all cores and with two that share them. They u
 `plain`, the same weights and settings through the calls of the model's own library, as somebody without our adapter
 would. Daft gets an environment of its own in HOME, made on first use.
 
-`in work`: ours from the call that registers the files to its end, records, events and checks included, one file having
+`in work`: ours from the call that registers the files to its end, records, events and checks included, two files having
 been processed before; the others from the first batch a loaded model is given to the last it has answered, so that
 what they read ahead, and writing the last file, cost them nothing. `whole`: the process from start to end. CPU seconds
 and memory are those of all processes it started. The answers must agree, or the comparison fails.
@@ -46,6 +46,7 @@ import psutil  # type: ignore[import-untyped]
 import pyarrow.parquet as pq
 from PIL import Image
 
+from benchmarks.peers.options import WARM_UP
 from resources.models.registry import CATALOGUE
 
 PROJECT = Path(__file__).parents[2]
@@ -299,8 +300,8 @@ def compare(bench: Bench, task: str, folder: Path, rounds: int) -> dict[str, Any
     figures: dict[str, Any] = {"files": count}
     for variant in variants:
         outcomes = found[variant.name]
-        # The file ours processed before its clock started is not among those it is timed on.
-        timed = count - 1 if variant.ours else count
+        # The files ours processed before its clock started are not among those it is timed on.
+        timed = count - WARM_UP if variant.ours else count
         figures[variant.name] = {
             "per_s": round(max(timed / outcome.work_s for outcome in outcomes), 2),
             "work_s": round(min(outcome.work_s for outcome in outcomes), 2),

@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
+WARM_UP = 2
+"""Files that ours processes before its clock starts."""
+
 
 @dataclass(frozen=True, slots=True)
 class Options:

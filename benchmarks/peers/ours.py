@@ -4,7 +4,8 @@
 
 `HOME` is the library's; models found there are taken, and its `models.toml` counts. Pictures go through `media`,
 `frames` and `embeddings`, which here reads no texts and shots, since pictures have none; clips through `media`,
-`audio` and `transcript`. The first file is processed before the clock starts, so that the models are loaded.
+`audio` and `transcript`. Two files are processed before the clock starts, so that the models are loaded and both
+decoders have started.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import pyarrow.parquet as pq
 import sqlalchemy as sa
 from rich.console import Console
 
-from benchmarks.peers.options import Options, options
+from benchmarks.peers.options import WARM_UP, Options, options
 from benchmarks.peers.work import TASKS
 from cli.run import Work
 from media_assets import schemas
@@ -77,9 +78,9 @@ def run(chosen: Options) -> None:
     work = Work(library, Console(stderr=True), ASSETS[chosen.task])
     paths = sorted(str(path) for path in Path(chosen.folder).iterdir())
     try:
-        work.run(paths[:1])
+        work.run(paths[:WARM_UP])
         started = time.monotonic()
-        summary = work.run(paths[1:])
+        summary = work.run(paths[WARM_UP:])
         ended = time.monotonic()
         with library.database.engine.connect() as connection:
             twice = connection.execute(sa.text(TWICE)).scalar()
@@ -89,7 +90,7 @@ def run(chosen: Options) -> None:
         library.close()
     Path(chosen.out).mkdir(exist_ok=True)
     pq.write_table(table, Path(chosen.out, "ours.parquet"))
-    names = [path.rpartition("/")[2] for path in paths[1:]]
+    names = [path.rpartition("/")[2] for path in paths[WARM_UP:]]
     line = {"pid": os.getpid(), "start_s": started, "end_s": ended, "names": names}
     said = {"finished_twice": twice, "claimed_again": again, "summary": asdict(summary)}
     Path(chosen.events, f"{os.getpid()}.jsonl").write_text(json.dumps({**line, **said}) + "\n")
