@@ -1,12 +1,13 @@
 """Steps on a Ray cluster of separate raylets on this machine: where they run, what a dead node costs, what Ray costs.
 
-    python -m benchmarks.ray_cluster [--items 300] [--seed 7] [--apart]
+    python -m benchmarks.ray_cluster [--items 720] [--rounds 3] [--seed 7] [--apart]
 
 The same photos go through the decode stages, tagged as work for a GPU:
 
-1. local: one in-process run with both cores.
+1. local: one in-process run with both cores, in a process of its own.
 2. spread: two runs at once on the cluster, each with half of the photos on a node with one CPU and one logical GPU.
    Steps start seconds after their run; `in work` counts from the first claim of an item to the last finished one.
+   Local and spread take turns for as many rounds as asked for; ratios are those of their means.
 3. killed: one run with all photos on a cluster of a CPU node and two GPU nodes; the node it is on is killed with -9
    when a third of the photos is done. The run must succeed on the other GPU node, with the bytes of the local run, and
    without an item finished twice.
@@ -29,10 +30,12 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import dagster as dg
@@ -137,20 +140,32 @@ class Bench:
         self.library.close()
 
 
+def local(bench: Bench) -> float:
+    """Wall seconds of one run with all cores."""
+    return _runs(bench, local_job, [bench.keys])
+
+
 def spread(bench: Bench, apart: bool) -> float:
     """Wall seconds of two runs at once, on two nodes with one CPU each."""
     with ray_cluster((1, 1), (1, 1), dashboard=True, apart=apart) as cluster:
         os.environ |= {"RAY_ADDRESS": cluster.dashboard, **ONE_CORE}
-        spawn = get_context("spawn")
-        opened = (bench.library.settings.home, spawn.Barrier(2))
-        # A process each, as a launcher gives them: two runs in one process lock each other out of Python's logging.
-        with ProcessPoolExecutor(2, spawn, _open, opened) as pool:
-            for each in [pool.submit(bool) for _ in range(2)]:  # both have imported
-                each.result()
-            start = time.perf_counter()
-            if not all(pool.map(_run, (bench.keys[::2], bench.keys[1::2]))):
-                raise SystemExit("a run on the cluster failed")
-            return time.perf_counter() - start
+        return _runs(bench, ray_job, [bench.keys[::2], bench.keys[1::2]])
+
+
+def _runs(bench: Bench, job: Any, shares: Sequence[Sequence[str]]) -> float:
+    """Wall seconds of a run for each share of the items, all at once.
+
+    A process each, as a launcher gives them: two runs in one process lock each other out of Python's logging.
+    """
+    spawn = get_context("spawn")
+    opened = (bench.library.settings.home, spawn.Barrier(len(shares)))
+    with ProcessPoolExecutor(len(shares), spawn, _open, opened) as pool:
+        for each in [pool.submit(bool) for _ in shares]:  # all have imported
+            each.result()
+        start = time.perf_counter()
+        if not all(pool.map(partial(_run, job), shares)):
+            raise SystemExit("a run failed")
+        return time.perf_counter() - start
 
 
 _opened: list[Any] = []
@@ -163,9 +178,37 @@ def _open(home: Path, all_open: Any) -> None:
     all_open.wait(DEADLINE_S)
 
 
-def _run(keys: Sequence[str]) -> bool:
+def _run(job: Any, keys: Sequence[str]) -> bool:
     library, instance = _opened
-    return execute(library, instance, ray_job, keys)
+    return execute(library, instance, job, keys)
+
+
+@dataclass(slots=True)
+class Rounds:
+    """What one way of doing the work took, and the files it made, round by round."""
+
+    in_work_s: list[float] = field(default_factory=list)
+    whole_s: list[float] = field(default_factory=list)
+    files: list[dict[str, str]] = field(default_factory=list)
+
+    def add(self, bench: Bench, whole_s: float) -> None:
+        """Take up what a finished round left."""
+        self.in_work_s.append(bench.in_work_s())
+        self.whole_s.append(whole_s)
+        self.files.append(bench.files())
+
+
+def compared(local: Rounds, ray: Rounds) -> dict[str, Any]:
+    """Seconds of every round, and how often as fast Ray was, by the means."""
+    return {
+        "local_in_work_s": [round(seconds, 2) for seconds in local.in_work_s],
+        "ray_in_work_s": [round(seconds, 2) for seconds in ray.in_work_s],
+        "ratio_in_work": round(sum(local.in_work_s) / sum(ray.in_work_s), 3),
+        "overhead_s": round(fmean(ray.in_work_s) - fmean(local.in_work_s), 2),
+        "local_s": [round(seconds, 2) for seconds in local.whole_s],
+        "ray_s": [round(seconds, 2) for seconds in ray.whole_s],
+        "ratio_whole": round(sum(local.whole_s) / sum(ray.whole_s), 3),
+    }
 
 
 def killed(bench: Bench, apart: bool) -> dict[str, Any]:
@@ -221,7 +264,8 @@ def _nodes_of_steps(cluster: Cluster) -> list[str]:
 def main() -> int:
     """Measure, print a table and one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--items", type=int, default=300)
+    parser.add_argument("--items", type=int, default=720)
+    parser.add_argument("--rounds", type=int, default=3, help="of local and spread, in turn")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--apart", action="store_true", help="a network namespace for each node")
     arguments = parser.parse_args()
@@ -231,37 +275,26 @@ def main() -> int:
         (root / "media").mkdir()
         for name, data in photos(arguments.items, arguments.seed).items():
             (root / "media" / name).write_bytes(data)
-        local = Bench(root / "local", root / "media")
-        start = time.perf_counter()
-        local.run(local_job, local.keys)
-        local_s = time.perf_counter() - start
-        calm = local.files()
-        local_work_s = local.in_work_s()
-        local.close()
-        halves = Bench(root / "spread", root / "media")
-        spread_s = spread(halves, arguments.apart)
-        spread_work_s, spread_files = halves.in_work_s(), halves.files()
-        halves.close()
+        ways = {"local": local, "ray": partial(spread, apart=arguments.apart)}
+        rounds = {name: Rounds() for name in ways}
+        for turn in range(arguments.rounds):
+            for name in list(ways)[:: -1 if turn % 2 else 1]:
+                os.environ.clear()
+                os.environ.update(before)
+                bench = Bench(root / f"{name}-{turn}", root / "media")
+                rounds[name].add(bench, ways[name](bench))
+                bench.close()
+                told = f"{rounds[name].in_work_s[-1]:.1f} s in work, {rounds[name].whole_s[-1]:.1f} s whole"
+                print(f"round {turn + 1}: {name}: {told}", file=sys.stderr, flush=True)
         victim = Bench(root / "killed", root / "media")
         figures = killed(victim, arguments.apart)
-        figures["outputs_identical"] = victim.files() == calm and spread_files == calm
+        every = [victim.files(), *rounds["local"].files, *rounds["ray"].files]
+        figures["outputs_identical"] = all(files == every[0] for files in every)
         victim.close()
     os.environ.clear()
     os.environ.update(before)
-    count = arguments.items
-    figures = {
-        "items": count,
-        "network_namespaces": arguments.apart,
-        "local_s": round(local_s, 2),
-        "local_in_work_s": round(local_work_s, 2),
-        "ray_s": round(spread_s, 2),
-        "ray_in_work_s": round(spread_work_s, 2),
-        "ratio_in_work": round(local_work_s / spread_work_s, 3),
-        "ratio_whole": round(local_s / spread_s, 3),
-        "overhead_ms_per_item": round((spread_work_s - local_work_s) / count * 1000, 1),
-        "start_s": round(spread_s - spread_work_s, 2),
-        **figures,
-    }
+    figures = {"items": arguments.items, "network_namespaces": arguments.apart} | compared(**rounds) | figures
+    figures["overhead_ms_per_item"] = round(figures["overhead_s"] / arguments.items * 1000, 1)
     for name, value in figures.items():
         print(f"{name:>24}  {value}")
     held = all(figures[name] for name in ("succeeded", "only_gpu_nodes", "outputs_identical"))

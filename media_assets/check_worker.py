@@ -31,11 +31,11 @@ DEFERRED = frozenset({"altair", "scipy.stats"})
 """What Great Expectations imports for plots and for expectations about distributions: a third of all it takes."""
 
 ABSENT = frozenset({"boto3", "botocore", "google", "psycopg2", "shapely", "sqlalchemy"})
-"""What it does without where it is not installed, and uses for tables in databases and clouds: a quarter of the rest."""
+"""What it does without where it is not installed, and uses for tables elsewhere: a quarter of the rest."""
 
 
 class Spared:
-    """A finder of modules the checks do not need: some are imported at their first use, if ever, others are not there."""
+    """A finder of modules the checks do not need: some are imported at their first use, others are not there."""
 
     @staticmethod
     def find_spec(name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
