@@ -191,6 +191,20 @@ def test_a_forked_process_has_a_checker_of_its_own(own: Checker, monkeypatch: py
     assert checker().pid() == alive is not None
 
 
+@pytest.mark.parametrize(("step", "started"), [("decode", True), ("analyse", False), (None, False)])
+def test_the_process_of_a_step_starts_it_with_its_definition(
+    library: Library, own: Checker, monkeypatch: pytest.MonkeyPatch, step: str | None, started: bool
+) -> None:
+    """Given a process that has one step to do, when that step's group is built, then its checker starts; for another's
+    step, and where steps share a process, it does not."""
+    monkeypatch.setattr(module, "_checker", own)
+    monkeypatch.delenv(module.STEP_KEY, raising=False)
+    if step:
+        monkeypatch.setenv(module.STEP_KEY, step)
+    build_group(DECODE, library.settings, library.models)
+    assert (own.pid() is not None) is started
+
+
 def test_it_dies_with_its_parent() -> None:
     """Given a process with a checker, when it is killed, then the checker is gone too."""
     code = "from media_assets.checker import checker; checker().warm(); print(checker().pid(), flush=True); input()"

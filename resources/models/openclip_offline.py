@@ -237,8 +237,10 @@ def _export(model: Any, ids: Tensor, folder: Path) -> None:
     pixels = torch.zeros(2, 3, *model.visual.image_size)
     with torch.inference_mode(), warnings.catch_warnings():
         fix_paddings(model.visual.trunk, pixels)
-        # Told at every call: that newer versions prefer the exporter that compiles, and which values become constant.
+        # Told at every call: that newer versions prefer the exporter that compiles, which values become constant, and
+        # that it leaves the sizes of paddings to be made constant by whoever reads the file.
         warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", "Constant folding", UserWarning)
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
         for path, tower, given, inputs, outputs in (
             (folder / IMAGE_ONNX, ImageTower().eval(), pixels, {PIXELS: {0: "n"}}, (JOINT, VISUAL)),
