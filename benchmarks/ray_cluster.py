@@ -28,7 +28,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -275,7 +275,7 @@ def main() -> int:
         (root / "media").mkdir()
         for name, data in photos(arguments.items, arguments.seed).items():
             (root / "media" / name).write_bytes(data)
-        ways = {"local": local, "ray": partial(spread, apart=arguments.apart)}
+        ways: dict[str, Callable[[Bench], float]] = {"local": local, "ray": partial(spread, apart=arguments.apart)}
         rounds = {name: Rounds() for name in ways}
         for turn in range(arguments.rounds):
             for name in list(ways)[:: -1 if turn % 2 else 1]:
