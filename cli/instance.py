@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +30,7 @@ def prepare_environment(library: Library, database_url: str | None = None) -> Pa
     """
     folder = library.settings.home / "dagster"
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(instance_file(library.settings), folder / "dagster.yaml")
+    _put(instance_file(library.settings).read_bytes(), folder / "dagster.yaml")
     os.environ["DAGSTER_HOME"] = str(folder)
     os.environ["MEDIA_DATABASE_URL"] = database_url or library.database.url
     os.environ[HOME_VARIABLE] = str(library.settings.home)
@@ -38,6 +38,18 @@ def prepare_environment(library: Library, database_url: str | None = None) -> Pa
     if golden and Path(golden).exists():  # the child's working directory is another one
         os.environ["MEDIA_GOLDEN"] = str(Path(golden).absolute())
     return folder
+
+
+def _put(data: bytes, path: Path) -> None:
+    """Have `data` in the file, which others may be reading: of one half written, Dagster takes its own defaults."""
+    if path.exists() and path.read_bytes() == data:
+        return
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def open_instance(library: Library) -> DagsterInstance:
