@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass
 
 WARM_UP = 2
-"""Files that ours processes before its clock starts."""
+"""Files that ours processes before its clock starts: its models are loaded then, and two decoders started."""
 
 
 @dataclass(frozen=True, slots=True)
