@@ -97,7 +97,7 @@ def image_still(picture: Image.Image, max_side: int) -> tuple[Still, Image.Image
     reduction = reduced(upright)
     still = encoded(upright, reduction, form, options)
     thumbnail = reduction.copy()
-    thumbnail.thumbnail(THUMBNAIL, Image.Resampling.HAMMING)  # nearly as sharp as the default, in two thirds of the time
+    thumbnail.thumbnail(THUMBNAIL, Image.Resampling.HAMMING)  # nearly as sharp as by default, in 2/3 of the time
     return still, thumbnail
 
 
