@@ -167,7 +167,7 @@ def test_a_change_is_told_to_who_listens(database: Database, tmp_path: Path) -> 
     with database.listening(CHANGES) as told:
         assert not told(0)
         registry.register(found)
-        assert told(0)
+        assert told(30)  # the server tells its listeners soon after the commit, not within it
         assert not told(0)
         registry.register(found)
         assert not told(0.05)
