@@ -107,11 +107,13 @@ class Database:
     def connect(cls, settings: Settings) -> Database:
         """Connect, starting the embedded server when no URL is set, whatever schema there is."""
         url = psycopg2_url(settings.database_url or _embedded(settings))
+        # Connections are tried before use: a process that stays from run to run may outlive its server's restart.
+        options = {"pool_pre_ping": True, "connect_args": KEEPALIVE}
         transitions = sa.create_engine(
-            url, pool_size=2, isolation_level="AUTOCOMMIT", pool_reset_on_return=None, connect_args=KEEPALIVE
+            url, pool_size=2, isolation_level="AUTOCOMMIT", pool_reset_on_return=None, **options
         )
         sa.event.listen(transitions, "connect", _commit_without_waiting)
-        return cls(url, sa.create_engine(url, pool_size=4, pool_pre_ping=True, connect_args=KEEPALIVE), transitions)
+        return cls(url, sa.create_engine(url, pool_size=4, **options), transitions)
 
     def schema(self) -> Schema:
         """Revision of the schema in the database and in the code. Raises DatabaseUnavailable, SchemaNewer."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import threading
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from urllib.parse import urlsplit
@@ -51,10 +53,14 @@ def connect(settings: Settings) -> None:
             "Set ray.address to what `ray start` printed, such as head:6379.",
         )
     check_reachable(where, settings.ray.connect_timeout_s)
+    at_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(where, configure_logging=False, logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ClusterUnavailable(f"The Ray cluster at {where} cannot be used: {error}") from error
+    finally:
+        if callable(at_sigterm) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, at_sigterm)  # Ray puts in its own, by which a run would not end as it should
 
 
 def check_reachable(where: str, timeout_s: float) -> None:

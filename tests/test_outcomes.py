@@ -47,6 +47,17 @@ def test_migrations_make_the_schema_the_code_expects(database: Database) -> None
         assert compare_metadata(MigrationContext.configure(connection, opts=options), metadata) == []
 
 
+def test_a_restart_of_the_server_costs_an_idle_process_nothing(store: OutcomeStore, database: Database) -> None:
+    """Given connections that the server has ended, then the next run of the same process claims and ends items."""
+    claim(store)
+    with database.engine.connect() as connection:
+        own = connection.execute(sa.text("select pg_backend_pid()")).scalar_one()
+        others = "select pg_terminate_backend(pid, 5000) from pg_stat_activity where datname = current_database()"
+        ended = connection.execute(sa.text(f"{others} and pid <> :own"), {"own": own}).all()
+        assert ended
+    assert store.succeed(claim(store), Status.OK, "", Cost()).status is Status.OK
+
+
 def test_success_is_final_for_its_version(store: OutcomeStore) -> None:
     """Given a finished item, then it cannot be claimed at that version, but can at another."""
     done = store.succeed(claim(store), Status.OK, "content", Cost(seconds=1.5, rows=3))
