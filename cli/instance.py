@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.executors import instance_file, pool_limits
+from resources.files import replacing
 from resources.library import Library
 from resources.settings import HOME_VARIABLE
 
@@ -44,12 +44,8 @@ def _put(data: bytes, path: Path) -> None:
     """Have `data` in the file, which others may be reading: of one half written, Dagster takes its own defaults."""
     if path.exists() and path.read_bytes() == data:
         return
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
+    with replacing(path) as temporary:
         temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def open_instance(library: Library) -> DagsterInstance:

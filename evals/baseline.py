@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from evals.golden import Golden, GoldenSetError
 from evals.result import Better, EvalResult, Figure, safe_name
+from resources.files import replacing
 
 SHIPPED = Path(__file__).with_name("baselines")
 ROUNDING = 1e-9
@@ -129,8 +129,6 @@ def _store(name: str, digest: str, results: Sequence[EvalResult], folder: Path) 
         }
         evals[result.name] = StoredEval(model=result.model, figures=figures)
     baseline = Baseline(golden=name, digest=digest, evals=dict(sorted(evals.items())))
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(baseline.model_dump(), indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(baseline.model_dump(), indent=1) + "\n", encoding="utf-8")
     return path

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from evals.golden import Golden, GoldenItem, Item
 from resources.errors import MediaError, printable
+from resources.files import replacing
 
 Better = Literal["higher", "lower"]
 METADATA_KEY = b"media_assets.eval"
@@ -126,10 +127,8 @@ class EvalResult:
         metadata = {**(self.rows.schema.metadata or {}), METADATA_KEY: json.dumps(facts).encode()}
         sink = pa.BufferOutputStream()
         pq.write_table(self.rows.replace_schema_metadata(metadata), sink)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.part")
-        temporary.write_bytes(sink.getvalue())
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_bytes(sink.getvalue())
         return path
 
     @classmethod

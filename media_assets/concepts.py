@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import numpy.typing as npt
 
 from media_assets.taxonomy import CONCEPTS, NEUTRAL, TEMPLATES
 from resources.errors import ModelUnavailable
+from resources.files import replacing
 from resources.models.registry import ModelSpec
 
 CLIP_LOGIT_SCALE = 100.0
@@ -71,7 +70,5 @@ def _prompt_vectors(encode: Encode) -> Vectors:
 
 
 def _keep(path: Path, vectors: Vectors) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{secrets.token_hex(4)}.npy")
-    np.save(temporary, vectors)
-    os.replace(temporary, path)
+    with replacing(path) as temporary, temporary.open("wb") as file:  # given a name, NumPy would add to it
+        np.save(file, vectors)

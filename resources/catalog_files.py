@@ -8,7 +8,6 @@ removed first and written last, so while it is there the three files belong toge
 from __future__ import annotations
 
 import os
-import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ import pyarrow.dataset as ds
 import pyarrow.fs as pafs
 from upath import UPath
 
+from resources.files import replacing
 from resources.object_store import put_file
 from resources.storage import DerivedStore
 
@@ -96,14 +96,8 @@ def dataset(
 def publishing(store: DerivedStore, path: UPath) -> Iterator[Path]:
     """A local file to write; when the block ends well it appears at `path` in one step."""
     if is_local(store):
-        final = Path(str(path))
-        final.parent.mkdir(parents=True, exist_ok=True)
-        temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}")
-        try:
+        with replacing(Path(str(path))) as temporary:
             yield temporary
-            os.replace(temporary, final)
-        finally:
-            temporary.unlink(missing_ok=True)
         return
     with tempfile.TemporaryDirectory() as folder:
         local = Path(folder) / path.name

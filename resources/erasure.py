@@ -9,7 +9,6 @@ import getpass
 import json
 import os
 import re
-import secrets
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Literal
 import sqlalchemy as sa
 
 from resources.database import LOCK_NAMESPACE, Database
+from resources.files import replacing
 from resources.outcomes import PURGED
 from resources.records import outcome_history, outcomes, purges, uploads
 
@@ -178,8 +178,6 @@ def _erase_lines(path: Path, named: re.Pattern[bytes]) -> int:
         dropped = sum(1 for line in source if named.search(line))
     if not dropped:
         return 0
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    with path.open("rb") as source, temporary.open("wb") as target:
+    with replacing(path) as temporary, path.open("rb") as source, temporary.open("wb") as target:
         target.writelines(line for line in source if not named.search(line))
-    os.replace(temporary, path)
     return dropped

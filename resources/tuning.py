@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
-import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 from resources.devices import kind
 from resources.errors import MediaError
+from resources.files import replacing
 from resources.models.registry import ModelSpec
 from resources.process import usable_cpus
 from resources.settings import Settings
@@ -57,10 +56,8 @@ def record(settings: Settings, specs: Sequence[ModelSpec], found: Tuned) -> Path
     """Keep `found`, in place of an earlier measurement; the file is replaced in one step. Raises TuningUnreadable."""
     path = settings.home / FILE
     entries = {**(_read(path) if path.exists() else {}), _key(settings, specs): asdict(found)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{FILE}.{secrets.token_hex(4)}")
-    temporary.write_text(json.dumps(entries, indent=1, sort_keys=True))
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(entries, indent=1, sort_keys=True))
     return path
 
 

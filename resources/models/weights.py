@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 from resources.errors import ModelUnavailable, printable
+from resources.files import replacing
 from resources.models.registry import ModelSpec
 
 VERIFIED = "verified.json"
@@ -230,10 +229,8 @@ def _entries(document: object) -> Iterator[tuple[str, list[int | str]]]:
 
 def _write_record(path: Path, record: Mapping[str, list[int | str]]) -> None:
     """Replaced in one step; of two processes the last wins, and the other's entries are computed again."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    temporary.write_text(json.dumps(record, indent=1))
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=1))
 
 
 def _reinstall(distributions: Sequence[str]) -> str:
