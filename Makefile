@@ -16,7 +16,7 @@ dev: install
 	$(BIN)/media-assets dev
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .

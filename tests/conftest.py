@@ -9,6 +9,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -40,14 +41,29 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest come first, so that none of them is left over at the end."""
+    groups = {item: _group(item.nodeid) for item in items}
+    items.sort(key=lambda item: LONGEST.index(groups[item]) if groups[item] in LONGEST else len(LONGEST))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """With several workers the tests of a file share one, and so do those of a folder with a server of its own.
 
-    The longest come first, so that none of them is left over at the end.
+    xdist 3.8 takes groups from `Item._nodeid`, which pytest 9.2 does not read: its `loadgroup` would group nothing.
     """
-    groups = {item: item.path.stem if item.path.parent == HERE else item.path.parent.name for item in items}
-    for item, group in groups.items():
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: LONGEST.index(groups[item]) if groups[item] in LONGEST else len(LONGEST))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _group(nodeid)
+
+    return ByGroup(config, log)
+
+
+def _group(nodeid: str) -> str:
+    path = Path(nodeid.partition("::")[0])
+    return path.stem if path.parent.name == HERE.name else path.parent.name
 
 
 @pytest.fixture(scope="session")
