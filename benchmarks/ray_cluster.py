@@ -2,15 +2,16 @@
 
     python -m benchmarks.ray_cluster [--items 720] [--rounds 3] [--seed 7] [--apart]
 
-The same photos go through the decode stages, tagged as work for a GPU:
+The same photos go through the decode stages:
 
 1. local: one in-process run with both cores, in a process of its own.
-2. spread: two runs at once on the cluster, each with half of the photos on a node with one CPU and one logical GPU.
-   Steps start seconds after their run; `in work` counts from the first claim of an item to the last finished one.
+2. spread: two runs at once on the cluster, each with half of the photos on a node with one CPU.
+   In both, the processes have done a run with a few photos before, as warm workers have; what that took is `first`.
+   `in work` counts from the first claim of an item to the last finished one, without a run's beginning and end.
    Local and spread take turns for as many rounds as asked for; ratios are those of their means.
-3. killed: one run with all photos on a cluster of a CPU node and two GPU nodes; the node it is on is killed with -9
-   when a third of the photos is done. The run must succeed on the other GPU node, with the bytes of the local run, and
-   without an item finished twice.
+3. killed: one run with all photos, tagged as work for a GPU, on a cluster of a CPU node and two nodes with a logical
+   GPU; the node it is on is killed with -9 when a third of the photos is done. The run must succeed on the other GPU
+   node, with the bytes of the local run, and without an item finished twice.
 
 With `--apart` each node has a network namespace of its own (Linux, as root): what is killed takes its network along.
 
@@ -44,7 +45,8 @@ import sqlalchemy as sa
 from benchmarks.chaos import photos
 from cli.instance import open_instance
 from jobs.on_ray import executor
-from media_assets.grouping import groups
+from jobs.step_pool import NODE
+from media_assets.grouping import Group, groups
 from media_assets.groups import build_group
 from media_assets.partitions import add_partitions, explicit_batch_tags
 from resources.compute import Needs
@@ -53,17 +55,19 @@ from resources.registry import Upload, discover
 from resources.settings import Settings
 from tests.cluster.ray_cluster import Cluster, ray_cluster
 
-ON_GPU = replace(groups(Settings())[0], needs=Needs(cpus=1, gpus=1, memory_bytes=2**30))
-ASSETS = tuple(path.partition(":")[0] for path in ON_GPU.stages)
+ON_CPU = replace(groups(Settings())[0], needs=Needs(cpus=1, memory_bytes=2 * 2**30))
+ON_GPU = replace(ON_CPU, needs=replace(ON_CPU.needs, gpus=1))
+ASSETS = tuple(path.partition(":")[0] for path in ON_CPU.stages)
+FIRST = 8  # photos of the first run
 ONE_CORE = {"MEDIA_DECODING__WORKERS": "1", "MEDIA_ENGINE__PREPARE_THREADS": "2"}
 POLL_S = 0.05
 DEADLINE_S = 300.0
 
 
-def _job(library: Library, runs_on: dg.ExecutorDefinition) -> dg.JobDefinition:
+def _job(library: Library, group: Group, runs_on: dg.ExecutorDefinition) -> dg.JobDefinition:
     definitions = dg.Definitions(
-        assets=[build_group(ON_GPU, library.settings, library.models)],
-        jobs=[dg.define_asset_job("process_decode", dg.AssetSelection.groups(ON_GPU.name))],
+        assets=[build_group(group, library.settings, library.models)],
+        jobs=[dg.define_asset_job("process_decode", dg.AssetSelection.groups(group.name))],
         resources={"media": dg.ResourceDefinition(lambda _: library)},
         executor=runs_on,
     )
@@ -72,13 +76,19 @@ def _job(library: Library, runs_on: dg.ExecutorDefinition) -> dg.JobDefinition:
 
 def local_job() -> dg.JobDefinition:
     """The decode group in the run's process."""
-    return _job(Library.open(), dg.in_process_executor)
+    return _job(Library.open(), ON_CPU, dg.in_process_executor)
 
 
 def ray_job() -> dg.JobDefinition:
-    """The decode group as Ray jobs."""
+    """The decode group on any node of the cluster."""
     library = Library.open()
-    return _job(library, executor(library.settings))
+    return _job(library, ON_CPU, executor(library.settings))
+
+
+def gpu_job() -> dg.JobDefinition:
+    """The decode group on a node with a GPU."""
+    library = Library.open()
+    return _job(library, ON_GPU, executor(library.settings))
 
 
 def execute(library: Library, instance: dg.DagsterInstance, job: Any, keys: Sequence[str]) -> bool:
@@ -122,9 +132,23 @@ class Bench:
         """Items whose last asset is finished."""
         return int(self.query("select count(*) from outcomes where asset = 'audio' and status <> 'running'")[0][0])
 
-    def in_work_s(self) -> float:
-        """Seconds from the first claim to the last finished outcome."""
-        return float(self.query("select extract(epoch from max(at) - min(at)) from outcome_history")[0][0])
+    def in_work_s(self, keys: Sequence[str]) -> float:
+        """Seconds from the first claim of one of these items to the last finished outcome."""
+        with self.library.database.engine.connect() as connection:
+            told = connection.execute(
+                sa.text(
+                    "select extract(epoch from max(at) - min(at)) from outcome_history where media_id = any(:keys)"
+                ),
+                {"keys": list(keys)},
+            )
+            return float(told.scalar_one())
+
+    def nodes_of_steps(self) -> list[str]:
+        """Ray nodes on which steps began, in order."""
+        (run,) = self.instance.get_runs()
+        events = self.instance.all_logs(run.run_id, of_type=dg.DagsterEventType.ENGINE_EVENT)
+        told = [entry.get_dagster_event().engine_event_data.metadata.get(NODE) for entry in events]
+        return [str(node.value) for node in told if node]
 
     def files(self) -> dict[str, str]:
         """SHA-256 of every derived file."""
@@ -140,32 +164,45 @@ class Bench:
         self.library.close()
 
 
-def local(bench: Bench) -> float:
-    """Wall seconds of one run with all cores."""
-    return _runs(bench, local_job, [bench.keys])
+@dataclass(frozen=True, slots=True)
+class Took:
+    """Wall seconds of the first run or runs, of those that are measured, and of these in work."""
+
+    first_s: float
+    whole_s: float
+    in_work_s: float
 
 
-def spread(bench: Bench, apart: bool) -> float:
-    """Wall seconds of two runs at once, on two nodes with one CPU each."""
-    with ray_cluster((1, 1), (1, 1), dashboard=True, apart=apart) as cluster:
-        os.environ |= {"RAY_ADDRESS": cluster.dashboard, **ONE_CORE}
-        return _runs(bench, ray_job, [bench.keys[::2], bench.keys[1::2]])
+def local(bench: Bench) -> Took:
+    """One run with all cores."""
+    return _runs(bench, local_job, 1)
 
 
-def _runs(bench: Bench, job: Any, shares: Sequence[Sequence[str]]) -> float:
-    """Wall seconds of a run for each share of the items, all at once.
+def spread(bench: Bench, apart: bool) -> Took:
+    """Two runs at once, on two nodes with one CPU each."""
+    with ray_cluster((1, 0), (1, 0), dashboard=True, apart=apart) as cluster:
+        os.environ |= {"RAY_ADDRESS": cluster.address, **ONE_CORE}
+        return _runs(bench, ray_job, 2)
+
+
+def _runs(bench: Bench, job: Any, count: int) -> Took:
+    """So many runs at once, each with its share of the items, after the first ones.
 
     A process each, as a launcher gives them: two runs in one process lock each other out of Python's logging.
     """
     spawn = get_context("spawn")
-    opened = (bench.library.settings.home, spawn.Barrier(len(shares)))
-    with ProcessPoolExecutor(len(shares), spawn, _open, opened) as pool:
-        for each in [pool.submit(bool) for _ in shares]:  # all have imported
+    opened = (bench.library.settings.home, spawn.Barrier(count))
+    with ProcessPoolExecutor(count, spawn, _open, opened) as pool:
+        for each in [pool.submit(bool) for _ in range(count)]:  # all have imported
             each.result()
-        start = time.perf_counter()
-        if not all(pool.map(partial(_run, job), shares)):
-            raise SystemExit("a run failed")
-        return time.perf_counter() - start
+        seconds = []
+        for keys in (bench.keys[:FIRST], bench.keys[FIRST:]):
+            start = time.perf_counter()
+            if not all(pool.map(partial(_run, job), [keys[at::count] for at in range(count)])):
+                raise SystemExit("a run failed")
+            seconds.append(time.perf_counter() - start)
+    first_s, whole_s = seconds
+    return Took(first_s, whole_s, bench.in_work_s(bench.keys[FIRST:]))
 
 
 _opened: list[Any] = []
@@ -187,39 +224,33 @@ def _run(job: Any, keys: Sequence[str]) -> bool:
 class Rounds:
     """What one way of doing the work took, and the files it made, round by round."""
 
-    in_work_s: list[float] = field(default_factory=list)
-    whole_s: list[float] = field(default_factory=list)
+    took: list[Took] = field(default_factory=list)
     files: list[dict[str, str]] = field(default_factory=list)
-
-    def add(self, bench: Bench, whole_s: float) -> None:
-        """Take up what a finished round left."""
-        self.in_work_s.append(bench.in_work_s())
-        self.whole_s.append(whole_s)
-        self.files.append(bench.files())
 
 
 def compared(local: Rounds, ray: Rounds) -> dict[str, Any]:
     """Seconds of every round, and how often as fast Ray was, by the means."""
-    return {
-        "local_in_work_s": [round(seconds, 2) for seconds in local.in_work_s],
-        "ray_in_work_s": [round(seconds, 2) for seconds in ray.in_work_s],
-        "ratio_in_work": round(sum(local.in_work_s) / sum(ray.in_work_s), 3),
-        "overhead_s": round(fmean(ray.in_work_s) - fmean(local.in_work_s), 2),
-        "local_s": [round(seconds, 2) for seconds in local.whole_s],
-        "ray_s": [round(seconds, 2) for seconds in ray.whole_s],
-        "ratio_whole": round(sum(local.whole_s) / sum(ray.whole_s), 3),
-    }
+    figures: dict[str, Any] = {}
+    for what in ("in_work", "whole", "first"):
+        seconds = [[getattr(took, f"{what}_s") for took in way.took] for way in (local, ray)]
+        figures |= {
+            f"local_{what}_s": [round(each, 2) for each in seconds[0]],
+            f"ray_{what}_s": [round(each, 2) for each in seconds[1]],
+            f"ratio_{what}": round(sum(seconds[0]) / sum(seconds[1]), 3),
+        }
+    overhead_s = fmean(took.in_work_s for took in ray.took) - fmean(took.in_work_s for took in local.took)
+    return figures | {"overhead_s": round(overhead_s, 2)}
 
 
 def killed(bench: Bench, apart: bool) -> dict[str, Any]:
     """One run whose node is killed in the middle: what became of it."""
     with ray_cluster((1, 0), (1, 1), (1, 1), dashboard=True, apart=apart) as cluster:
-        os.environ |= {"RAY_ADDRESS": cluster.dashboard, **ONE_CORE}
+        os.environ |= {"RAY_ADDRESS": cluster.address, **ONE_CORE}
         killer = _Killer(bench, cluster)
         killer.start()
-        succeeded = bench.run(ray_job, bench.keys)
+        succeeded = bench.run(gpu_job, bench.keys)
         killer.join()
-        nodes = _nodes_of_steps(cluster)
+        nodes = bench.nodes_of_steps()
     gpu_nodes = {node.node_id for node in cluster.nodes[1:]}
     twice = bench.query(
         "select media_id, asset from outcome_history where status in ('ok', 'not_applicable')"
@@ -250,15 +281,9 @@ class _Killer(threading.Thread):
             if time.monotonic() > deadline:
                 return
             time.sleep(POLL_S)
-        (node,) = _nodes_of_steps(self.cluster)
+        (node,) = self.bench.nodes_of_steps()
         self.cluster.kill([each.node_id for each in self.cluster.nodes].index(node))
         self.done = self.bench.done()
-
-
-def _nodes_of_steps(cluster: Cluster) -> list[str]:
-    from ray.job_submission import JobSubmissionClient
-
-    return [str(job.driver_node_id) for job in JobSubmissionClient(cluster.dashboard).list_jobs()]
 
 
 def main() -> int:
@@ -273,18 +298,19 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="ray-bench-") as folder:
         root = Path(folder)
         (root / "media").mkdir()
-        for name, data in photos(arguments.items, arguments.seed).items():
+        for name, data in photos(arguments.items + FIRST, arguments.seed).items():
             (root / "media" / name).write_bytes(data)
-        ways: dict[str, Callable[[Bench], float]] = {"local": local, "ray": partial(spread, apart=arguments.apart)}
+        ways: dict[str, Callable[[Bench], Took]] = {"local": local, "ray": partial(spread, apart=arguments.apart)}
         rounds = {name: Rounds() for name in ways}
         for turn in range(arguments.rounds):
             for name in list(ways)[:: -1 if turn % 2 else 1]:
                 os.environ.clear()
                 os.environ.update(before)
                 bench = Bench(root / f"{name}-{turn}", root / "media")
-                rounds[name].add(bench, ways[name](bench))
+                rounds[name].took.append(took := ways[name](bench))
+                rounds[name].files.append(bench.files())
                 bench.close()
-                told = f"{rounds[name].in_work_s[-1]:.1f} s in work, {rounds[name].whole_s[-1]:.1f} s whole"
+                told = f"{took.in_work_s:.1f} s in work, {took.whole_s:.1f} s whole, {took.first_s:.1f} s first"
                 print(f"round {turn + 1}: {name}: {told}", file=sys.stderr, flush=True)
         victim = Bench(root / "killed", root / "media")
         figures = killed(victim, arguments.apart)

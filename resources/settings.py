@@ -222,6 +222,9 @@ class Ray(_Section):
         description="host:port of the cluster's GCS, or ray://host:port; default: RAY_ADDRESS, then this machine's",
     )
     connect_timeout_s: float = Field(10.0, gt=0, description="time a cluster has to answer, seconds")
+    step_idle_s: float = Field(
+        3600.0, gt=0, description="processes of steps end when there was no step for this long, seconds"
+    )
 
 
 class Serving(_Section):

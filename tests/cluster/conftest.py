@@ -15,5 +15,7 @@ def cluster() -> Iterator[Cluster]:
 
     One of the nodes 1 and 2 may be dead.
     """
-    with ray_cluster((2, 0), (2, 1), (2, 1), dashboard=True) as running:
-        yield running
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")  # by its 15 they would starve beside the tests of another process
+        with ray_cluster((2, 0), (2, 1), (2, 1), dashboard=True) as running:
+            yield running
