@@ -122,12 +122,17 @@ class StepPool:
 
     def _opened(self, deadline: float) -> Any:
         """The pool, whose job is started where there is none."""
+        import ray
+
+        cluster = ray.get_runtime_context().gcs_address
         job = None
         while True:
             try:
                 return self._pool()
             except PoolGone:
-                job = job or self._submit(f"python -m jobs.step_pool {NAME} {self._namespace} {self._idle_s:g}")
+                job = job or self._submit(
+                    f"python -m jobs.step_pool {NAME} {self._namespace} {self._idle_s:g} {cluster}"
+                )
             if job.has_ended():
                 job = None  # another one was first, or this one has had its time meanwhile
             if time.monotonic() > deadline:
@@ -155,6 +160,8 @@ def main() -> int:
     parser.add_argument("name", help="name of the pool's actor, which tells versions of this program apart")
     parser.add_argument("namespace", help="Ray namespace of the library's pool")
     parser.add_argument("idle", type=float, help="seconds without a step after which the pool ends")
+    # Not Ray's "auto", which by a job's RAY_ADDRESS may be another cluster that has processes on the same machine.
+    parser.add_argument("cluster", help="host:port of the cluster's GCS")
     arguments = parser.parse_args()
     if arguments.name != NAME:
         print(f"The head of the cluster has another version of this project: {NAME} instead of {arguments.name}.")
@@ -164,7 +171,7 @@ def main() -> int:
     # By its name there, so that Ray's workers import it instead of unpickling a copy.
     from jobs.step_pool import Pool
 
-    ray.init("auto", namespace=arguments.namespace)
+    ray.init(arguments.cluster, namespace=arguments.namespace)
     actor: Any = ray.remote(Pool)
     try:
         pool = actor.options(name=NAME, num_cpus=0, resources=ON_HEAD).remote()

@@ -189,9 +189,23 @@ def test_a_pool_of_another_version_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Given a head whose program is not that of the run's process, then the pool does not open and says why."""
-    monkeypatch.setattr(sys, "argv", ["step_pool", "steps-of-old", "namespace", "1"])
+    monkeypatch.setattr(sys, "argv", ["step_pool", "steps-of-old", "namespace", "1", "head:6379"])
     assert step_pool.main() == 1
     assert f"another version of this project: {NAME} instead of steps-of-old" in capsys.readouterr().out
+
+
+def test_a_pool_joins_the_cluster_of_its_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given a RAY_ADDRESS of another cluster, as Ray gives jobs on a machine with several, then the pool is not there."""
+    import ray
+
+    def init(where: str, **_: Any) -> None:
+        raise ConnectionError(where)
+
+    monkeypatch.setenv("RAY_ADDRESS", "other:6379")
+    monkeypatch.setattr(sys, "argv", ["step_pool", NAME, "namespace", "1", "head:6379"])
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(ConnectionError, match="head:6379"):
+        step_pool.main()
 
 
 def test_a_step_outlives_its_pool(folder: Path, instance: dg.DagsterInstance) -> None:
