@@ -41,6 +41,7 @@ STOP_GRACE_S = 30.0  # for a step to end by itself when it is stopped
 LEAVE_S = 0.5  # a process stays for so long after its last answer, which is on its way
 TRIES = 5  # to find a process in which a step begins
 MOST_REMEMBERED = 10_000
+MOST_CALLS = 100_000  # of the pool at once: one waits per step, another per step under way; Ray's default is 1,000
 STOPPED = "It was stopped."
 NODE = "Ray node"
 
@@ -171,10 +172,11 @@ def main() -> int:
     # By its name there, so that Ray's workers import it instead of unpickling a copy.
     from jobs.step_pool import Pool
 
-    ray.init(arguments.cluster, namespace=arguments.namespace)
+    # What steps print stays in the logs of their nodes, which Ray rotates; that of a job grows for as long as it lives.
+    ray.init(arguments.cluster, namespace=arguments.namespace, log_to_driver=False)
     actor: Any = ray.remote(Pool)
     try:
-        pool = actor.options(name=NAME, num_cpus=0, resources=ON_HEAD).remote()
+        pool = actor.options(name=NAME, num_cpus=0, resources=ON_HEAD, max_concurrency=MOST_CALLS).remote()
     except ValueError as error:  # the name is taken
         print(error)
         return 0
@@ -262,7 +264,7 @@ class Pool:
                 await self._submitted(running)
                 fate = Fate()
             except TaskCancelledError:
-                fate = Fate("It was stopped.")
+                fate = Fate(STOPPED)
             except RayError as error:  # lost with its process or node, unless it is of the step's own code
                 is_final = running.has_begun or running.is_stopped.is_set() or tries == TRIES
                 if is_final or isinstance(error, RayTaskError):
