@@ -195,7 +195,7 @@ def test_a_pool_of_another_version_is_refused(
 
 
 def test_a_pool_joins_the_cluster_of_its_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Given a RAY_ADDRESS of another cluster, as Ray gives jobs on a machine with several, then the pool is not there."""
+    """Given a RAY_ADDRESS of another cluster, as Ray gives it to jobs beside several, then the pool is not there."""
     import ray
 
     def init(where: str, **_: Any) -> None:
