@@ -1,6 +1,6 @@
 """The engine against Ray Data and Daft: the same models over the same files, in turn, on the same cores.
 
-    python -m benchmarks.peers [images|speech …] [--media FOLDER] [--home HOME] [--rounds 2]
+    python -m benchmarks.peers [images|speech …] [--media FOLDER] [--home HOME] [--rounds 2] [--plain]
     python -m benchmarks.peers --faults [--media FOLDER] [--home HOME]
 
 Ours does what `media-assets run` does for the assets that are needed: Dagster runs, outcome records, checks. The others
@@ -12,7 +12,8 @@ would. Daft gets an environment of its own in HOME, made on first use.
 `in work`: ours from the call that registers the files to its end, records, events and checks included, two files having
 been processed before; the others from the first batch a loaded model is given to the last it has answered, so that
 what they read ahead, and writing the last file, cost them nothing. `whole`: the process from start to end. CPU seconds
-and memory are those of all processes it started. The answers must agree, or the comparison fails.
+and memory are those of all processes it started. Ratios are of the means of all rounds. The answers must agree, or the
+comparison fails; `--plain`, which leaves out the rows with our adapter, tells how far they agree and does not judge.
 
 `--faults`: a worker is killed with -9 in the middle of the pictures; then one of them is cut short. Ends with one JSON
 line; exit 1 when answers do not agree.
@@ -38,7 +39,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -130,6 +133,7 @@ PEERS = tuple(
     for name, module in MODULES.items()
     for workers in (1, 2)
 )
+ADAPTER, LIBRARY = "adapter", "plain"
 PLAIN = tuple(Variant(f"{name}, 2 workers, plain", module, 2, plain=True) for name, module in MODULES.items())
 
 
@@ -283,9 +287,11 @@ def _descendants() -> list[psutil.Process]:
 # -- throughput -------------------------------------------------------------------------------------------
 
 
-def compare(bench: Bench, task: str, folder: Path, rounds: int) -> dict[str, Any]:
-    """Figures of every variant, the best of its rounds; the order turns from round to round."""
-    variants = [OURS, *PEERS, *PLAIN, *([SHIPPED] if task == "speech" else [])]
+def compare(
+    bench: Bench, task: str, folder: Path, rounds: int, peers: Mapping[str, Sequence[Variant]]
+) -> dict[str, Any]:
+    """Figures of every variant, seconds of every round; the order turns from round to round."""
+    variants = [OURS, *chain(*peers.values()), *([SHIPPED] if task == "speech" else [])]
     found: dict[str, list[Outcome]] = {variant.name: [] for variant in variants}
     for turn in range(rounds):
         for variant in variants[:: -1 if turn % 2 else 1]:
@@ -303,19 +309,19 @@ def compare(bench: Bench, task: str, folder: Path, rounds: int) -> dict[str, Any
         # The files ours processed before its clock started are not among those it is timed on.
         timed = count - WARM_UP if variant.ours else count
         figures[variant.name] = {
-            "per_s": round(max(timed / outcome.work_s for outcome in outcomes), 2),
-            "work_s": round(min(outcome.work_s for outcome in outcomes), 2),
-            "whole_s": round(min(outcome.whole_s for outcome in outcomes), 1),
-            "cpu_s": round(min(outcome.cpu_s for outcome in outcomes), 1),
+            "per_s": round(timed / fmean(outcome.work_s for outcome in outcomes), 2),
+            "work_s": [round(outcome.work_s, 2) for outcome in outcomes],
+            "whole_s": [round(outcome.whole_s, 1) for outcome in outcomes],
+            "cpu_s": round(fmean(outcome.cpu_s for outcome in outcomes), 1),
             "peak_mb": round(max(outcome.peak_mb for outcome in outcomes)),
             "agreement": round(AGREEMENT[task](base, outcomes[0].rows), 4),
         }
-    for label, peers in (("", PEERS), ("_plain", PLAIN)):
-        best = max(figures[peer.name]["per_s"] for peer in peers)
-        soonest = min(figures[peer.name]["whole_s"] for peer in peers)
-        figures[f"ratio_in_work{label}"] = round(figures[OURS.name]["per_s"] / best, 3)
-        figures[f"ratio_whole{label}"] = round(soonest / figures[OURS.name]["whole_s"], 3)
-    worst = [figures[variant.name]["agreement"] for variant in (OURS, *PEERS)]
+    for label, group in peers.items():
+        best = max(figures[peer.name]["per_s"] for peer in group)
+        soonest = min(fmean(figures[peer.name]["whole_s"]) for peer in group)
+        figures[f"ratio_in_work_{label}"] = round(figures[OURS.name]["per_s"] / best, 3)
+        figures[f"ratio_whole_{label}"] = round(soonest / fmean(figures[OURS.name]["whole_s"]), 3)
+    worst = [figures[variant.name]["agreement"] for variant in (OURS, *peers.get(ADAPTER, ()))]
     figures["agree"] = min(worst) >= MIN_COSINE if task == "images" else max(worst) <= MAX_WORD_ERROR
     return figures
 
@@ -348,10 +354,14 @@ def show(task: str, figures: Mapping[str, Any]) -> None:
     print(f"\n{task}, {figures['files']} files".ljust(26) + "".join(name.rjust(11) for name in columns))
     for name, row in figures.items():
         if isinstance(row, dict):
-            print(name.rjust(25) + "".join(str(row[column]).rjust(11) for column in columns))
-    for label, meaning in (("", "with our adapter"), ("_plain", "with the library's own calls")):
-        work, whole = figures[f"ratio_in_work{label}"], figures[f"ratio_whole{label}"]
-        print(f"ours against the better peer {meaning}: {work} x in work, {whole} x whole")
+            means = {
+                column: round(fmean(value), 1) if isinstance(value, list) else value for column, value in row.items()
+            }
+            print(name.rjust(25) + "".join(str(means[column]).rjust(11) for column in columns))
+    for label, meaning in ((ADAPTER, "with our adapter"), (LIBRARY, "with the library's own calls")):
+        if f"ratio_in_work_{label}" in figures:
+            work, whole = figures[f"ratio_in_work_{label}"], figures[f"ratio_whole_{label}"]
+            print(f"ours against the better peer {meaning}: {work} x in work, {whole} x whole")
 
 
 # -- faults -----------------------------------------------------------------------------------------------
@@ -486,6 +496,7 @@ def main() -> int:
     parser.add_argument("--clips", type=int, default=32, help="clips made of the speech found")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--plain", action="store_true", help="only pipelines that call the models' own libraries")
     parser.add_argument("--faults", action="store_true", help="what becomes of a corrupt file and of a killed worker")
     arguments = parser.parse_args()
     tasks = arguments.tasks or (["images"] if arguments.faults else ["images", "speech"])
@@ -509,7 +520,8 @@ def main() -> int:
                 print(label.rjust(40), row)
         else:
             for task in tasks:
-                figures[task] = compare(bench, task, root / task, arguments.rounds)
+                peers = {LIBRARY: PLAIN} if arguments.plain else {ADAPTER: PEERS, LIBRARY: PLAIN}
+                figures[task] = compare(bench, task, root / task, arguments.rounds, peers)
                 show(task, figures[task])
                 held &= figures[task]["agree"]
     versions = {name: version(name) for name in ("media-assets", "dagster", "torch", "ctranslate2", "ray")}
