@@ -14,6 +14,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -275,7 +276,7 @@ class _Jobs(RayStepHandler):
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """A Ray job."""
+    """A Ray job. Its methods raise ClusterUnavailable when the job server does not answer."""
 
     client: Any
     submission_id: str
@@ -284,21 +285,30 @@ class _Job:
     @classmethod
     def of(cls, client: Any, command: str) -> Self:
         """The job of this command line: one that is under way, else a new one."""
-        for job in client.list_jobs():
-            if job.submission_id and job.entrypoint == command and not job.status.is_terminal():
-                return cls(client, job.submission_id, is_ours=False)
-        return cls(client, client.submit_job(entrypoint=command))
+        with _asking_job_server():
+            for job in client.list_jobs():
+                if job.submission_id and job.entrypoint == command and not job.status.is_terminal():
+                    return cls(client, job.submission_id, is_ours=False)
+            return cls(client, client.submit_job(entrypoint=command))
 
     def has_ended(self) -> bool:
         """Whether it is over. Raises ClusterUnavailable when it failed, unless another process started it."""
-        status = self.client.get_job_status(self.submission_id)
-        if status == "FAILED" and self.is_ours:
-            told = self.client.get_job_info(self.submission_id).message
+        with _asking_job_server():
+            job = self.client.get_job_info(self.submission_id)
+        if job.status == "FAILED" and self.is_ours:
             raise ClusterUnavailable(
-                f"Ray job {self.submission_id}, the pool of steps, failed: {told}",
+                f"Ray job {self.submission_id}, the pool of steps, failed: {job.message}",
                 "Its log says more. Start Ray in the project's environment on every node.",
             )
-        return bool(status.is_terminal())
+        return bool(job.status.is_terminal())
+
+
+@contextmanager
+def _asking_job_server() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise ClusterUnavailable(f"The job server of the Ray cluster does not answer: {error}") from error
 
 
 def _client(settings: Settings, where: str) -> Any:

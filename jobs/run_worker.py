@@ -15,9 +15,7 @@ import signal
 import socket
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
-
-from resources.process import is_tainted
+from resources.process import may_stay
 
 LEFT_OPEN = "The worker came back from this run without its having ended."
 
@@ -50,7 +48,7 @@ def serve(link: socket.socket, idle_s: float, most_bytes: int) -> None:
             request = json.loads(line)
             execute(request["run_id"], request["instance"])
             gc.collect()
-            stays = psutil.Process().memory_info().rss <= most_bytes and not is_tainted()
+            stays = may_stay(most_bytes)
             link.sendall(json.dumps({"ended": request["run_id"], "stays": stays}).encode() + b"\n")
             if not stays:
                 return

@@ -25,9 +25,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
-
-from resources.process import is_tainted
+from resources.process import may_stay
 from resources.ray_cluster import ClusterUnavailable, namespace
 from resources.settings import HOME_VARIABLE, Settings
 
@@ -421,9 +419,9 @@ class _Process:
         with self._lock:
             self._works = False
         for module in list(sys.modules.values()):
-            if path := getattr(module, "__file__", None):
-                self._modules.setdefault(path, _state(path))
-        if is_tainted() or (most_bytes and psutil.Process().memory_info().rss > most_bytes):
+            if (path := getattr(module, "__file__", None)) and path not in self._modules:
+                self._modules[path] = _state(path)
+        if not may_stay(most_bytes):
             self._leaves = True
             threading.Timer(LEAVE_S, os._exit, [0]).start()
 

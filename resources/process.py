@@ -102,3 +102,10 @@ def note_hung(calls: int) -> None:
 def is_tainted() -> bool:
     """Whether a call hangs in this process."""
     return _hung > 0
+
+
+def may_stay(most_bytes: int) -> bool:
+    """Whether this process may serve another run: no call hangs in it, and no more than this is resident (0: any)."""
+    import psutil  # type: ignore[import-untyped]
+
+    return not is_tainted() and (not most_bytes or psutil.Process().memory_info().rss <= most_bytes)

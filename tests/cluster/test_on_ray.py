@@ -281,14 +281,27 @@ def test_a_pool_that_cannot_start_is_told() -> None:
         def submit_job(self, entrypoint: str) -> str:
             return entrypoint
 
-        def get_job_status(self, _: str) -> str:
-            return "FAILED"
-
         def get_job_info(self, _: str) -> Any:
-            return SimpleNamespace(message="python: command not found")
+            return SimpleNamespace(status="FAILED", message="python: command not found")
 
     with pytest.raises(ClusterUnavailable, match="command not found"):
         _Job.of(Client(), "python -m jobs.step_pool").has_ended()
+
+
+def test_a_job_server_that_falls_silent_is_told() -> None:
+    """Given a job server that stops answering while the pool is to be opened, then the message says so."""
+
+    class Client:
+        def list_jobs(self) -> list[Any]:
+            raise ConnectionError("refused")
+
+        def get_job_info(self, _: str) -> Any:
+            raise RuntimeError("status code 500")
+
+    with pytest.raises(ClusterUnavailable, match="does not answer: refused"):
+        _Job.of(Client(), "python -m jobs.step_pool")
+    with pytest.raises(ClusterUnavailable, match="does not answer: status code 500"):
+        _Job(Client(), "pool").has_ended()
 
 
 def test_a_process_knows_what_it_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,7 +325,7 @@ def test_a_process_knows_what_it_read(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "settings.toml").touch()
     with pytest.raises(SystemExit):
         process.begin()
-    monkeypatch.setattr(step_pool, "is_tainted", lambda: True)
+    monkeypatch.setattr(step_pool, "may_stay", lambda _: False)
     monkeypatch.setattr(threading, "Timer", lambda *_: SimpleNamespace(start=lambda: None))
     process = _Process()
     process.begin()
