@@ -39,6 +39,7 @@ import sqlalchemy as sa
 from PIL import Image
 
 from jobs.planner import Batch, Planner
+from resources import embedded_postgres
 from resources.library import Library
 from resources.registry import Upload, discover
 from resources.settings import Settings
@@ -166,10 +167,7 @@ class System:
         while _is_alive(pid):
             time.sleep(0.1)
         self.library.close()
-        # Another process starts it: this one believes that its server still runs.
-        opening = "import sys; from resources.library import Library; Library.open(sys.argv[1]).registry.known([])"
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("MEDIA_", "DAGSTER_"))}
-        subprocess.run([sys.executable, "-c", opening, str(self.home)], cwd=PROJECT, env=environment, check=True)
+        embedded_postgres.serve(self.home / "postgres")
 
     def faults(self, poison: set[str]) -> list[str]:
         """Outcomes that are neither done nor quarantined for their own fault."""

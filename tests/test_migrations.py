@@ -112,7 +112,7 @@ def test_an_embedded_database_upgrades_when_it_is_opened(
     old: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Given an older schema on the embedded server, when it is opened, then it is upgraded."""
-    monkeypatch.setattr("resources.database._embedded", lambda settings: old.url)
+    monkeypatch.setattr("resources.embedded_postgres.serve", lambda folder: old.url)
     database = Database.open(Settings(home=tmp_path))
     assert not database.schema().pending
     database.close()

@@ -20,7 +20,8 @@ import sqlalchemy as sa
 
 from media_assets.partitions import MEDIA
 from resources import faults, queues
-from resources.database import Database, DatabaseUnavailable
+from resources.database import Database
+from resources.errors import DatabaseUnavailable
 from resources.library import Library
 from resources.object_versions import VersionedRegistry, VersionRemoval
 from resources.queues import Queue, QueueUnavailable
