@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -267,7 +268,10 @@ def photograph(name: str) -> Image.Image:
 def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     """DejaVu Sans from the matplotlib wheel, `size` in pixels."""
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(str(files("matplotlib").joinpath("mpl-data", "fonts", "ttf", name)), size)
+    found = find_spec("matplotlib")  # not imported: it makes folders in the user's home
+    if found is None or not found.submodule_search_locations:
+        raise RuntimeError("matplotlib is not installed")
+    return ImageFont.truetype(str(Path(found.submodule_search_locations[0], "mpl-data", "fonts", "ttf", name)), size)
 
 
 def card(lines: Sequence[str]) -> Image.Image:

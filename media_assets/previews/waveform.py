@@ -6,6 +6,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -109,9 +110,10 @@ def _png(image: Image.Image) -> bytes:
 @cache
 def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """DejaVu Sans as matplotlib ships it, which knows more scripts than Pillow's own font."""
-    import matplotlib
-
+    # Found, not imported: matplotlib makes folders in the user's home.
+    found = find_spec("matplotlib")
+    folder = found.submodule_search_locations[0] if found and found.submodule_search_locations else ""
     try:
-        return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), FONT_SIZE)
+        return ImageFont.truetype(str(Path(folder, "mpl-data", "fonts", "ttf", "DejaVuSans.ttf")), FONT_SIZE)
     except OSError:
         return ImageFont.load_default(FONT_SIZE)
