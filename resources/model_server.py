@@ -371,8 +371,8 @@ class Keeper:
             self._end(recipe.name, handle)
         if budget is not None and not self._made_room(servers, budget - recipe.memory_bytes):
             return False
-        for handle, status in servers.values():
-            if status is not None and status.slot == recipe.slot:
+        for name, (handle, _) in servers.items():  # also of one that is too busy to give its status
+            if name.rpartition(":")[0] == recipe.slot:
                 handle.retire.remote()
         actor: Any = ray.remote(ModelServer)
         actor.options(

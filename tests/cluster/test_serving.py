@@ -20,7 +20,7 @@ from resources import serving
 from resources.database import Database
 from resources.errors import ModelTimeout, ServingUnavailable, Undecodable
 from resources.library import Library
-from resources.model_server import Status
+from resources.model_server import Keeper, Status
 from resources.models.openclip import OpenClip
 from resources.models.registry import ModelRegistry
 from resources.outcomes import OutcomeStore
@@ -178,6 +178,24 @@ def test_a_new_version_takes_over_and_the_old_one_goes(empty: Bench) -> None:
         assert time.monotonic() < deadline
         new.infer(units(1))
     assert new.infer(units(2)) == {"0": 4}
+
+
+class Deaf(Keeper):
+    """A keeper that gets no status in time, as on a machine whose cores are all taken."""
+
+    def _servers(self) -> dict[str, tuple[Any, Status | None]]:
+        return {name: (handle, None) for name, (handle, _) in super()._servers().items()}
+
+
+def test_an_old_version_goes_whose_status_is_not_known(empty: Bench) -> None:
+    """Given a server that does not say in time what it is, when a newer version comes, then it goes all the same."""
+    old, new = empty.model(), empty.model(Newer)
+    old.load()
+    assert Deaf(namespace(empty.settings())).open(new._recipe, new._limits)
+    deadline = time.monotonic() + DEADLINE_S
+    while set(serving.servers(empty.settings())) != {new._recipe.name}:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_the_least_recently_used_model_makes_room(empty: Bench) -> None:
