@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shlex
 from collections.abc import Sequence
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 STATUSES = ("ok", "not_applicable", "retryable", "quarantined", "running")
 _MOST_FAILURES = 30
+_WHOLE_PATH = 4096
 _out = Console()
 
 
@@ -50,15 +52,16 @@ def show_summary(library: Library, summary: Summary) -> None:
         _out.print(f"Nothing to do: all {summary.items} items are up to date ({summary.seconds_total} s).")
         return
     _spared(summary.facts.get("ocr_text", {}))
-    _out.print(f"{summary.items} items in {summary.seconds_total:.0f} s. State is in {_shown(library.settings.home)}.")
+    home = str(library.settings.home)
+    _out.print(f"{summary.items} items in {summary.seconds_total:.0f} s. State is in {_shown(home, _WHOLE_PATH)}.")
     _examples(library)
-    home = f" --home {_shown(library.settings.home)}"
+    chosen = f" --home {_shown(shlex.quote(home), _WHOLE_PATH)}"
     _out.print("\n[bold]Next[/bold]")
     for command, what in (
         (f'search "a bird in a tree"{home}', "find moments by meaning or word"),
         (f'sql "from moderation_labels"{home}', "query every table"),
-        (f"status{home}", "what is done, what failed, and why"),
-        (f"dev{home}", "lineage, backfills and checks in the Dagster UI"),
+        (f"status{chosen}", "what is done, what failed, and why"),
+        (f"dev{chosen}", "lineage, backfills and checks in the Dagster UI"),
     ):
         _out.print(f"  media-assets {command}   [dim]{what}[/dim]", soft_wrap=True)
 
