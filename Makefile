@@ -5,9 +5,11 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do command 
 BIN := .venv/bin
 MEDIA ?= samples/media
 MEDIA_HOME ?= var
+# Of the tests in each file: another one for each commit, the same one wherever it is tested.
+ORDER ?= $(shell git rev-parse --short HEAD 2>/dev/null || echo any)
 export MEDIA_HOME
 
-.PHONY: run dev test lint lock install clean
+.PHONY: run dev test lint lock install python clean
 
 run: install
 	$(BIN)/media-assets run $(MEDIA)
@@ -16,7 +18,7 @@ dev: install
 	$(BIN)/media-assets dev
 
 test: install
-	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder
+	.ci/fresh --offline $(BIN)/python -m pytest -n 2 --no-loadscope-reorder --order=$(ORDER)
 
 lint: install
 	$(BIN)/ruff check .
@@ -32,13 +34,17 @@ install: .venv/.installed
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install -q "uv>=0.8"
 	@$(BIN)/uv pip install --require-hashes --compile-bytecode -r requirements/lock.txt
-	@$(BIN)/uv pip install -q --no-deps -e .
+	@mkdir -p .venv/tmp && TMPDIR=.venv/tmp $(BIN)/uv pip install -q --no-deps -e . && rm -r .venv/tmp # a lock file stays there
 	@touch $@
 
 # The lock names versions and hashes only, never an index.
 lock: | .venv/.installed
 	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --extra cpu --extra offline --extra ray --extra k8s \
 		--extra samples --extra dev --generate-hashes --no-emit-index-url -q -o requirements/lock.txt
+
+# The interpreter itself, not what chooses it.
+python:
+	@$(PYTHON) -c 'import os, sys; print(os.path.realpath(sys.executable))'
 
 clean:
 	rm -rf .venv var

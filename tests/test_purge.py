@@ -208,20 +208,38 @@ def quote(home: Home, name: str) -> None:
             path.with_name(f".{path.name}.0a1b2c3d").write_bytes(SECRET.encode())
 
 
-def test_every_derived_byte_of_an_item_goes_and_nobody_elses(home: Home) -> None:
-    """Given an item with words, pictures, records and logs everywhere, when it is purged, then nothing is left."""
+@dataclass(frozen=True, slots=True)
+class Purged:
+    """A purge of `one.jpg`: what it reported, and where secret and picture stood before.
+
+    `untouched` has the files of another item as they were, `original` the bytes of the upload.
+    """
+
+    report: dict[str, Any]
+    before: dict[str, list[str]]
+    untouched: dict[Path, bytes]
+    original: bytes
+
+
+@pytest.fixture(scope="module")
+def purged(home: Home) -> Purged:
+    """The purge of an item with words, pictures, records and logs everywhere."""
     quote(home, "one.jpg")
-    media_id, other = home.ids["one.jpg"], home.ids["three.jpg"]
     before = {needle: places(home.library, needle) for needle in (SECRET, PICTURE)}
+    others = home.library.settings.home.rglob(f"*{home.ids['three.jpg']}*")
+    untouched = {path: path.read_bytes() for path in others if path.is_file()}
+    original = (home.folder / "one.jpg").read_bytes()
+    return Purged(home.purge(home.ids["one.jpg"]), before, untouched, original)
+
+
+def test_every_derived_byte_of_an_item_goes_and_nobody_elses(home: Home, purged: Purged) -> None:
+    """Given an item with words, pictures, records and logs everywhere, when it is purged, then nothing is left."""
+    media_id, other = home.ids["one.jpg"], home.ids["three.jpg"]
+    before, report, untouched = purged.before, purged.report, purged.untouched
     tables = {"asset_check_executions", "asset_keys", "event_logs"}
     assert {f"table {name}" for name in tables} <= set(before[SECRET]) | set(before[PICTURE])
     folders = {Path(place.removeprefix("file ")).parts[1] for place in before[SECRET] if place.startswith("file ")}
     assert {"transcript", "catalog", "frames", "storage", "asr"} <= folders
-    untouched = {path: path.read_bytes() for path in home.library.settings.home.rglob(f"*{other}*") if path.is_file()}
-    original = (home.folder / "one.jpg").read_bytes()
-
-    report = home.purge(media_id)
-
     assert report["complete"]
     assert (report["left"], report["problems"], report["running"]) == ([], [], [])
     assert places(home.library, SECRET) == []
@@ -239,7 +257,7 @@ def test_every_derived_byte_of_an_item_goes_and_nobody_elses(home: Home) -> None
         assert connection.execute(sa.text(stray)).scalar_one() == 0
     # Neighbours, shared files and the original are as they were.
     assert {path: path.read_bytes() for path in untouched} == untouched
-    assert (home.folder / "one.jpg").read_bytes() == original
+    assert (home.folder / "one.jpg").read_bytes() == purged.original
     assert "somebody else" in str(home.instance.event_log_storage.get_asset_check_execution_history(
         dg.AssetCheckKey(dg.AssetKey("transcript"), "expectations"), limit=1)[0].event)  # fmt: skip
     logs = home.library.settings.home / "dagster" / "storage" / "some-run" / "compute_logs" / "step.err"
@@ -249,7 +267,7 @@ def test_every_derived_byte_of_an_item_goes_and_nobody_elses(home: Home) -> None
     assert other in kept
 
 
-def test_dagster_reads_its_events_after_a_purge(home: Home) -> None:
+def test_dagster_reads_its_events_after_a_purge(home: Home, purged: Purged) -> None:
     """Given events that were erased and redacted, then Dagster still answers for its assets, and the item is gone."""
     gone, other = home.ids["one.jpg"], home.ids["three.jpg"]
     for asset in DECODE:
@@ -267,7 +285,7 @@ def test_dagster_reads_its_events_after_a_purge(home: Home) -> None:
     assert latest.asset_materialization.metadata["wer"].value == 0.5
 
 
-def test_a_purged_version_is_not_taken_in_again(home: Home) -> None:
+def test_a_purged_version_is_not_taken_in_again(home: Home, purged: Purged) -> None:
     """Given a purged file that still lies where it was, when the folder is run again, then it is left alone."""
     work = Work(home.library, QUIET, DECODE)
     work._instance = home.instance

@@ -14,6 +14,7 @@ from dagster._core.remote_origin import GrpcServerCodeLocationOrigin, RemoteJobO
 
 from jobs.express import EXPRESS_JOB
 from jobs.run_coordinator import DirectRunCoordinator
+from tests.conftest import SILENT
 
 PROJECT = Path(__file__).parents[1]
 STARTING, QUEUED, FAILURE = (
@@ -37,7 +38,7 @@ def opened(tmp_path: Path) -> Iterator[Opened]:
                 "concurrency": given["concurrency"] | concurrency,
                 "run_launcher": {"module": "dagster._core.test_utils", "class": launcher},
             }
-            instance = stack.enter_context(dg.DagsterInstance.local_temp(str(tmp_path), overrides=overrides))
+            instance = stack.enter_context(dg.DagsterInstance.local_temp(str(tmp_path), overrides=overrides | SILENT))
             assert isinstance(instance.run_coordinator, DirectRunCoordinator)
             return instance
 

@@ -19,6 +19,7 @@ from dagster._core.launcher import LaunchRunContext, WorkerStatus
 
 from jobs.run_launcher import WarmRunLauncher
 from media_assets.partitions import HOST_TAG
+from tests.conftest import SILENT
 from tests.toy_jobs import toy
 
 LOCAL = {".dagster/grpc_info": json.dumps({"host": "localhost", "socket": "/nowhere"})}
@@ -29,7 +30,7 @@ HERE = {HOST_TAG: socket.gethostname()}
 def instance(tmp_path: Path) -> Iterator[dg.DagsterInstance]:
     """An instance with the project's launcher, as dagster.yaml names it."""
     overrides = {"run_launcher": {"module": "jobs.run_launcher", "class": "WarmRunLauncher"}}
-    with dg.DagsterInstance.local_temp(str(tmp_path), overrides=overrides) as opened:
+    with dg.DagsterInstance.local_temp(str(tmp_path), overrides=overrides | SILENT) as opened:
         assert isinstance(opened.run_launcher, WarmRunLauncher)
         assert opened.run_launcher.supports_check_run_worker_health
         yield opened

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +72,9 @@ def ray_cluster(*nodes: tuple[float, float], dashboard: bool = False, apart: boo
     folder = tempfile.mkdtemp(prefix="ray-")
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        # Ray notes the cluster that "auto" means below this folder, by default in /tmp/ray, which a machine may lack.
+        (Path(folder) / "ray").mkdir()
+        stack.enter_context(_environment({"RAY_TMPDIR": folder}))
         network = stack.enter_context(_bridge(len(nodes))) if apart else None
         host = network.address(0) if network else "127.0.0.1"
         ports = _free_ports(host, len(nodes) + 2)
@@ -86,7 +89,7 @@ def ray_cluster(*nodes: tuple[float, float], dashboard: bool = False, apart: boo
             "temp_dir": folder,
             **({"node_ip_address": host} if apart else {}),
         }
-        with _environment():
+        with _environment(ENVIRONMENT):
             raylets = Raylets(initialize_head=True, head_node_args=head)
             stack.callback(raylets.shutdown)
             stack.callback(ray.shutdown)
@@ -187,15 +190,17 @@ def _ip(*arguments: str) -> str:
 
 
 @contextmanager
-def _environment() -> Iterator[None]:
-    """What the processes of the cluster inherit."""
-    before = dict(os.environ)
-    os.environ.update(ENVIRONMENT)
+def _environment(own: Mapping[str, str]) -> Iterator[None]:
+    """What the processes of the cluster inherit; no other cluster."""
+    names = (*own, "RAY_ADDRESS")
+    before = {name: os.environ[name] for name in names if name in os.environ}
     os.environ.pop("RAY_ADDRESS", None)
+    os.environ.update(own)
     try:
         yield
     finally:
-        os.environ.clear()
+        for name in names:
+            os.environ.pop(name, None)
         os.environ.update(before)
 
 

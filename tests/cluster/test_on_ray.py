@@ -25,6 +25,7 @@ from resources.ray_cluster import ClusterUnavailable, check_fits, check_reachabl
 from resources.settings import Ray, Settings
 from tests.cluster import ray_job
 from tests.cluster.ray_cluster import PROJECT, Cluster, ray_cluster
+from tests.conftest import SILENT
 
 DEADLINE_S = 120.0
 CPUS = 6  # of the cluster
@@ -43,7 +44,7 @@ def folder(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def instance(tmp_path: Path) -> Iterator[dg.DagsterInstance]:
     """An instance that other processes can open."""
     (tmp_path / "dagster").mkdir()
-    with dg.DagsterInstance.local_temp(str(tmp_path / "dagster")) as opened:
+    with dg.DagsterInstance.local_temp(str(tmp_path / "dagster"), overrides=SILENT) as opened:
         yield opened
 
 
