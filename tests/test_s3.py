@@ -172,8 +172,10 @@ def test_a_busy_store_is_asked_again(s3: S3, bucket: str, watched: Proxy) -> Non
     assert (store.root / "file").read_bytes() == b"data"
 
 
-def test_a_store_that_is_not_there_is_named() -> None:
+def test_a_store_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Given a wrong endpoint, when something is written, read or listed, then a sentence names the endpoint."""
+    for name, value in s3_server.ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
     nowhere = S3(endpoint_url="http://127.0.0.1:9", region="us-east-1", max_attempts=1, connect_timeout_s=1)
     store = DerivedStore(location("s3://bucket/d", nowhere))
     with pytest.raises(OSError, match=r"127\.0\.0\.1:9") as caught:
