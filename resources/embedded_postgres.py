@@ -173,7 +173,6 @@ class _Server:
         socket_folder = self._socket_folder()
         options += ["-k", socket_folder]
         with open(self.folder / "log", "ab", opener=_private) as log:
-            _give_as(self.folder, self.folder / "log")
             if self._control("start", "-t", str(START_TIMEOUT_S), "-o", shlex.join(options), output=log.fileno()):
                 self._remove(socket_folder)
 
@@ -242,7 +241,9 @@ class _Server:
                 break
         with suppress(FileExistsError):
             os.mkdir(path, 0o700)
-            _give_as(self.folder, Path(path))
+            if os.geteuid() == 0:
+                owner = self.folder.stat()
+                os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
         found = os.lstat(path)
         if found.st_uid != self.folder.stat().st_uid or found.st_mode & 0o170077 != 0o040000:
             raise DatabaseUnavailable(f"{path} is not a folder of the server's user alone.", "Remove it.")
@@ -293,13 +294,6 @@ def _unprivileged() -> tuple[int, int]:
     return entry.pw_uid, entry.pw_gid
 
 
-def _give_as(model: Path, path: Path) -> None:
-    """What root makes in a home of another user belongs to the owner of `model`, who needs it later."""
-    if os.geteuid() == 0:
-        owner = model.stat()
-        os.chown(path, owner.st_uid, owner.st_gid)
-
-
 def _give(folder: Path, to: tuple[int, int]) -> None:
     """Have the folder and all in it belong to user and group."""
     for parent, folders, files in os.walk(folder):
@@ -315,9 +309,8 @@ def _environment(own: Mapping[str, str]) -> dict[str, str]:
 
 def _lock(path: Path, kind: int) -> int:
     """Descriptor of the file, locked; the kernel frees it when the process ends."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    descriptor = _private(os.fspath(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
     try:
-        _give_as(path.parent, path)
         fcntl.flock(descriptor, kind)
     except BaseException:
         os.close(descriptor)
@@ -335,7 +328,12 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
+    """Descriptor of a file for its owner alone; of one that root makes in somebody's home, that is them."""
+    descriptor = os.open(path, flags | os.O_NOFOLLOW, 0o600)
+    if os.geteuid() == 0:
+        owner = os.stat(os.path.dirname(path))
+        os.fchown(descriptor, owner.st_uid, owner.st_gid)
+    return descriptor
 
 
 def _last_line(output: bytes) -> str:

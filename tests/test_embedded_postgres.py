@@ -286,6 +286,7 @@ def test_a_copy_that_root_made_serves(tmp_path: Path, temporary: Path) -> None:
     ("spoil", "said"),
     [
         (lambda home: home.write_text("a file"), "File exists"),
+        (lambda home: home.mkdir() or (home / "postgres.lock").symlink_to("/etc/hostname"), "symbolic links"),
         (lambda home: (home / "postgres").mkdir(parents=True) or (home / "postgres" / "x").touch(), "not empty"),
         (lambda home: (home / "postgres").mkdir(parents=True) or version(home, "9.6"), "PostgreSQL 9.6"),
         (lambda home: (home / "postgres").mkdir(parents=True) or version(home, "18"), "did not start"),
