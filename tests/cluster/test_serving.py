@@ -75,7 +75,7 @@ class Bench:
 
 @pytest.fixture
 def bench(cluster: Cluster, home: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    """The library, with the servers that earlier tests left up: opening one takes seconds."""
+    """The library, with the servers that earlier tests left up, whose limits stay: opening one takes seconds."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     return Bench(home, cluster.address)
 
@@ -111,16 +111,16 @@ def both(bench: Bench, first: list[Unit[Any]], second: list[Unit[Any]]) -> tuple
     return answers, after.batches - before.batches, after.units - before.units
 
 
-def test_callers_share_a_model_that_loads_once_and_its_micro_batches(bench: Bench) -> None:
+def test_callers_share_a_model_that_loads_once_and_its_micro_batches(empty: Bench) -> None:
     """Given two callers with two units each, then one micro-batch of four answers both, each with its own."""
-    answers, batches, answered = both(bench, units(1, 2), units(10, 20))
+    answers, batches, answered = both(empty, units(1, 2), units(10, 20))
     assert answers == [{"0": 2, "1": 4}, {"0": 20, "1": 40}]
     assert (batches, answered) == (1, 4)
 
 
-def test_a_bad_unit_harms_its_caller_alone(bench: Bench) -> None:
+def test_a_bad_unit_harms_its_caller_alone(empty: Bench) -> None:
     """Given two callers in one micro-batch, one of them with a poisonous unit, then the other has its answers."""
-    (bad, good), batches, _ = both(bench, units(1, Order("fail")), units(10, 20))
+    (bad, good), batches, _ = both(empty, units(1, Order("fail")), units(10, 20))
     assert isinstance(bad, Undecodable)
     assert good == {"0": 20, "1": 40}
     assert batches == 3  # together, and each alone
@@ -133,9 +133,9 @@ def test_arrays_come_through_shared_memory(bench: Bench) -> None:
     assert (writeable, owned, total) == (False, False, 2**20)
 
 
-def test_a_hung_call_ends_and_its_server_is_replaced(bench: Bench) -> None:
+def test_a_hung_call_ends_and_its_server_is_replaced(empty: Bench) -> None:
     """Given a model that hangs, then its caller has a retryable error in time and the next call a fresh server."""
-    model = bench.model(Greedy, timeout_s=1)
+    model = empty.model(Greedy, timeout_s=1)
     with pytest.raises(ModelTimeout, match="greedy did not answer within 1 s") as caught:
         model.infer(units(1, Order("hang")))
     assert caught.value.retryable
