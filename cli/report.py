@@ -55,15 +55,20 @@ def show_summary(library: Library, summary: Summary) -> None:
     home = str(library.settings.home)
     _out.print(f"{summary.items} items in {summary.seconds_total:.0f} s. State is in {_shown(home, _WHOLE_PATH)}.")
     _examples(library)
-    chosen = f" --home {_shown(shlex.quote(home), _WHOLE_PATH)}"
     _out.print("\n[bold]Next[/bold]")
-    for command, what in (
-        (f'search "a bird in a tree"{home}', "find moments by meaning or word"),
-        (f'sql "from moderation_labels"{home}', "query every table"),
-        (f"status{chosen}", "what is done, what failed, and why"),
-        (f"dev{chosen}", "lineage, backfills and checks in the Dagster UI"),
-    ):
-        _out.print(f"  media-assets {command}   [dim]{what}[/dim]", soft_wrap=True)
+    for command, what in next_commands(home):
+        _out.print(f"  {_shown(command, _WHOLE_PATH)}   [dim]{what}[/dim]", soft_wrap=True)
+
+
+def next_commands(home: str) -> list[tuple[str, str]]:
+    """What to do after a run on this home, as a shell takes it, and what for."""
+    chosen = f"--home {shlex.quote(home)}"
+    return [
+        (f'media-assets search "a bird in a tree" {chosen}', "find moments by meaning or word"),
+        (f'media-assets sql "from moderation_labels" {chosen}', "query every table"),
+        (f"media-assets status {chosen}", "what is done, what failed, and why"),
+        (f"media-assets dev {chosen}", "lineage, backfills and checks in the Dagster UI"),
+    ]
 
 
 def _outcome_table(

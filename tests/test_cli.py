@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import typer
 
 from cli.main import app
+from cli.report import next_commands
 
 PROJECT = Path(__file__).parents[1]
 COMMANDS = sorted(command.name or command.callback.__name__ for command in app.registered_commands if command.callback)
@@ -90,3 +92,12 @@ def test_an_unknown_asset_is_refused_with_the_known_ones(tmp_path: Path) -> None
     )
     assert done.returncode == 2
     assert "moderation_labels" in done.stderr
+
+
+def test_what_run_proposes_can_be_pasted() -> None:
+    """Given a home whose path means something to a shell, then each command proposed after a run names it whole."""
+    home = "/media/Bücher & Filme/it's $HOME/" + "x" * 200
+    commands = [shlex.split(command) for command, _ in next_commands(home)]
+    assert {command[0] for command in commands} == {"media-assets"}
+    assert [command[-2:] for command in commands] == [["--home", home]] * 4
+    assert {command[1] for command in commands} <= set(COMMANDS)
