@@ -23,6 +23,7 @@ from resources.settings import Settings
 
 HERE = Path(__file__).parent
 SILENT = {"telemetry": {"enabled": False}}  # of a Dagster instance, which would write to ~/.dagster
+ONE_STORY = ("test_dagster", "cluster")  # of one running system, warmer with each test: they stay in their order
 LONGEST = ("test_dagster", "cluster", "test_main_job", "test_s3", "test_s3_events", "test_planner", "test_purge")
 
 
@@ -57,9 +58,10 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The longest come first, so that none of them is left over at the end; in a file, any order will do."""
-    if seed := config.getoption("order"):
-        items.sort(key=lambda item: (item.path, sha256(f"{seed} {item.nodeid}".encode()).digest()))
     groups = {item: _group(item.nodeid) for item in items}
+    if seed := config.getoption("order"):
+        places = {item: sha256(f"{seed} {item.nodeid}".encode()).digest() for item in items}
+        items.sort(key=lambda item: (item.path, b"" if groups[item] in ONE_STORY else places[item]))
     items.sort(key=lambda item: LONGEST.index(groups[item]) if groups[item] in LONGEST else len(LONGEST))
 
 
