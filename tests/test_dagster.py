@@ -12,6 +12,7 @@ import threading
 import time
 import urllib.request
 import wave
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,16 +143,20 @@ def dev(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dev]
     running = Dev(process, home, watched, user, port, dict(zip((Path(path).name for path in paths), ids, strict=True)))
 
     def answers() -> bool | None:
-        assert process.poll() is None, process.stderr and process.stderr.read()[-2000:]
+        assert process.poll() is None, "".join(said)
         try:
             return running.graphql("{version}") and True
         except OSError:
             return None
 
-    drain = threading.Thread(target=lambda: [None for _ in process.stderr or ()], daemon=True)
+    # From the start: what nobody reads fills the pipe, and `dev` would wait for ever.
+    said: deque[str] = deque(maxlen=100)
+    threading.Thread(target=lambda: said.extend(process.stderr or ()), daemon=True).start()
     try:
-        until(answers, "the UI answers")
-        drain.start()
+        try:
+            until(answers, "the UI answers")
+        except AssertionError as error:
+            raise AssertionError("".join(said)) from error
         yield running
         stop(running)
     finally:
