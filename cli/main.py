@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -62,6 +63,13 @@ def _console() -> Console:
     return Console(stderr=True)
 
 
+def warn_root(console: Console) -> None:
+    """Who has all rights hands all files to what decodes the media."""
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        told = "Running as root: a hostile file that takes its decoder over could read every file of this machine."
+        console.print(f"{told} Better use a user of its own.", style="yellow", soft_wrap=True, highlight=False)
+
+
 @app.command()
 def run(
     paths: Annotated[
@@ -86,8 +94,10 @@ def run(
     from cli.run import Work
 
     library = _open(home)
+    console = _console()
+    warn_root(console)
     try:
-        work = Work(library, _console(), _assets(select))
+        work = Work(library, console, _assets(select))
         summary = work.run(paths or [])
         if as_json:
             print(json.dumps(summary.json(), default=str))
@@ -136,7 +146,9 @@ def dev(
     """
     from cli.dev import serve
 
-    raise typer.Exit(serve(_open(home), port, _console(), paths or []))
+    console = _console()
+    warn_root(console)
+    raise typer.Exit(serve(_open(home), port, console, paths or []))
 
 
 @app.command()

@@ -88,6 +88,11 @@ class DecodeTimeout(MediaError):
     remedy = "Raise limits.decode_timeout_s if this file really needs longer."
 
 
+class Hostile(MediaError):
+    code, http_status = "hostile", 422
+    remedy = "Keep the file apart and report it: it may exploit a defect of the decoder."
+
+
 class DecoderCrashed(MediaError):
     code, retryable, http_status = "decoder_crashed", True, 502
     remedy = "The decoder process died on this file; it is tried again and then quarantined."

@@ -9,6 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def version_of(info: os.stat_result) -> str:
+    """What tells one version of a local file from the next: its size and its time of modification (its etag)."""
+    return f"{info.st_size:x}-{info.st_mtime_ns:x}"
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A file beside `path` to write: it takes the other's place when the block ends well, and is removed when not.

@@ -19,6 +19,7 @@ from sqlalchemy.dialects.postgresql import insert
 
 from resources.database import LOCK_NAMESPACE, Database
 from resources.errors import MediaError
+from resources.files import version_of
 from resources.object_store import SCHEME, Listed, find_object, is_s3, list_all, split
 from resources.records import removals, uploads
 from resources.settings import S3
@@ -84,7 +85,7 @@ class LocalFile(NamedTuple):
     @property
     def etag(self) -> str:
         """Its size and its time of modification."""
-        return f"{self.info.st_size:x}-{self.info.st_mtime_ns:x}"
+        return version_of(self.info)
 
     def upload(self, observed_at: datetime | None = None) -> Upload:
         """The file as an upload."""

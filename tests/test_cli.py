@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import typer
+from rich.console import Console
 
-from cli.main import app
+from cli.main import app, warn_root
 from cli.report import next_commands
 
 PROJECT = Path(__file__).parents[1]
@@ -101,3 +102,13 @@ def test_what_run_proposes_can_be_pasted() -> None:
     assert {command[0] for command in commands} == {"media-assets"}
     assert [command[-2:] for command in commands] == [["--home", home]] * 4
     assert {command[1] for command in commands} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize(("user", "is_warned"), [(0, True), (1000, False)])
+def test_root_is_warned(
+    user: int, is_warned: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Given root, then what a hostile file could read is said; given another user, then nothing is."""
+    monkeypatch.setattr("os.geteuid", lambda: user)
+    warn_root(Console(stderr=True))
+    assert ("Running as root" in capsys.readouterr().err) is is_warned

@@ -47,7 +47,7 @@ def derive(settings: Settings, tmp_path: Path) -> Derive:
 
     def run(stage: str, path: Path | str) -> Product:
         if str(path) not in seen:
-            item = MediaItem(f"item-{len(seen)}", str(path), "etag")
+            item = MediaItem(f"item-{len(seen)}", str(path), "")
             seen[str(path)] = Inputs(item, store, "v1", frozenset(STAGES), wants_preview=True)
             if stage != "media":
                 run("media", path)

@@ -26,6 +26,7 @@ from resources.decoding.client import Decoded, Decoder, Probed, _Collector
 from resources.decoding.pool import DecoderPool, Message
 from resources.decoding.sources import localize
 from resources.errors import MediaError
+from resources.files import version_of
 from resources.registry import uri_of
 from resources.settings import Decoding, Limits
 
@@ -268,6 +269,27 @@ def test_a_file_that_changed_since_its_probe_is_noticed(decoder: Decoder, tmp_pa
         file.write(b"more")
     with pytest.raises(errors.SourceChanged):
         decoder.decode(localize(str(path), 10**9), facts.kind, facts.bytes, facts.duration_s, frozenset({"frames"}))
+
+
+def test_a_file_that_is_another_version_than_the_registered_one_is_not_taken_for_it(
+    decoder: Decoder, tmp_path: Path
+) -> None:
+    """Given a file replaced by one of the same size, before it is probed or before it is decoded, then it says so."""
+    path = tmp_path / "a.png"
+    pixels = np.zeros((40, 40, 3), np.uint8)
+    Image.fromarray(pixels).save(path, compress_level=0)
+    file = localize(str(path), LIMITS.max_bytes, etag=version_of(path.stat()))
+    facts = decoder.probe(file).facts
+    assert decoder.decode(file, facts.kind, facts.bytes, None, frozenset({"frames"}))
+    Image.fromarray(pixels + 200).save(tmp_path / "other.png", compress_level=0)
+    os.replace(tmp_path / "other.png", path)
+    assert path.stat().st_size == facts.bytes
+    for look in (
+        lambda: decoder.probe(file),
+        lambda: decoder.decode(file, facts.kind, facts.bytes, None, frozenset({"frames"})),
+    ):
+        with pytest.raises(errors.SourceChanged, match="since it was registered"):
+            look()
 
 
 def test_limits_on_bytes_pixels_and_duration_refuse(tmp_path: Path) -> None:

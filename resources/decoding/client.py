@@ -289,6 +289,7 @@ class Decoder:
             decoding.image_max_side,
             self._threads,
             -1 if isinstance(file, LocalFile) else file.bytes,
+            (file.etag or "") if isinstance(file, LocalFile) else "",
         )
 
     def _messages(

@@ -27,9 +27,9 @@ from resources.decoding.protocol import (
     Request,
     encode,
 )
-from resources.errors import DecoderCrashed, DecodeTimeout, MediaError
+from resources.errors import DecoderCrashed, DecodeTimeout, Hostile, MediaError
 from resources.heartbeat import beat
-from resources.process import fate, helper_environment
+from resources.process import fate, helper_environment, hide_from_others
 
 START_TIMEOUT_S = 120.0
 LISTEN_S = 1.0
@@ -39,6 +39,8 @@ READ_BYTES = 1 << 20
 PIPE_BYTES = 1 << 20
 """Holds the answer on a usual picture, so that a worker need not wait for a busy parent between its pieces."""
 EXIT_WAIT_S = 2.0
+FORBIDDEN_CALL = "signal 31"  # SIGSYS, by the filter of resources.decoding.jail
+PROGRAM = "resources.decoding.worker"
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +139,9 @@ class _Process:
     """One decoder process and its pipe."""
 
     def __init__(self, memory_bytes: int) -> None:
+        hide_from_others()
         self._child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "resources.decoding.worker", str(memory_bytes), str(os.getpid())],
+            [sys.executable, "-P", "-m", PROGRAM, str(memory_bytes), str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -267,7 +270,10 @@ class _Process:
                 raise DecodeTimeout("Decoding the file made no progress in the time it is given.")
             chunk = self._answers.read(READ_BYTES)
             if chunk == b"":
-                raise DecoderCrashed(f"The decoder process died on the file ({fate(self._child, EXIT_WAIT_S)}).")
+                end = fate(self._child, EXIT_WAIT_S)
+                if end == FORBIDDEN_CALL:
+                    raise Hostile("The file made the decoder try what decoding never does, such as to open a socket.")
+                raise DecoderCrashed(f"The decoder process died on the file ({end}).")
             self._buffer += chunk or b""
         taken = bytes(self._buffer[:size])
         del self._buffer[:size]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from resources.decoding import containers, documents, pictures, sniff
 from resources.decoding.protocol import MAX_RANGE_BYTES, Emit, Fetch, Request
 from resources.errors import Empty, SourceChanged, TooLarge, Truncated, Undecodable, Unreadable, Unsupported
+from resources.files import version_of
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -101,7 +102,7 @@ def readable(request: Request, fetch: Fetch) -> Iterator[tuple[BinaryIO, int]]:
     """The file opened for reading and its size in bytes.
 
     Never waits on a pipe or device. Raises Unreadable, TooLarge, Empty, and SourceChanged when size or
-    modification time differ afterwards, or the size from what an earlier probe saw.
+    modification time differ afterwards or from those it was registered with, or the size from what a probe saw.
     """
     if request.remote_bytes >= 0:
         _judge_size(request, request.remote_bytes)
@@ -116,6 +117,8 @@ def readable(request: Request, fetch: Fetch) -> Iterator[tuple[BinaryIO, int]]:
         os.close(descriptor)
         raise Unsupported("It is no regular file but a folder, pipe or device.", "Name the media file itself.")
     with open(descriptor, "rb") as stream:
+        if request.etag not in ("", version_of(before)):
+            raise SourceChanged("The file was changed since it was registered.")
         _judge_size(request, before.st_size)
         try:
             yield stream, before.st_size

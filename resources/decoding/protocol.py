@@ -36,9 +36,10 @@ class Request:
     """One job for a decoder process, of one file.
 
     `operation` is probe or decode; `path` the file-system path as bytes in hex; `kind` what an earlier
-    probe found and `bytes` the size it saw; `wanted` holds frames, audio or both. Sizes are pixels,
-    times seconds. An object of `remote_bytes` bytes has no path: the worker asks its parent for each range
-    with a `read` message, and gets a message with that payload. So it needs neither network nor credentials.
+    probe found and `bytes` the size it saw; `wanted` holds frames, audio or both; `etag` the version of a
+    local file that is meant, any where it is empty. Sizes are pixels, times seconds. An object of
+    `remote_bytes` bytes has no path: the worker asks its parent for each range with a `read` message, and
+    gets a message with that payload. So it needs neither network nor credentials.
     """
 
     operation: str
@@ -57,6 +58,7 @@ class Request:
     image_max_side: int = 2560
     threads: int = 1
     remote_bytes: int = -1
+    etag: str = ""
 
     def header(self) -> dict[str, Any]:
         """The request as JSON-ready fields."""

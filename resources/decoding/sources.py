@@ -17,11 +17,15 @@ from resources.settings import S3
 
 
 class LocalFile:
-    """A file this machine can open; a temporary one is removed when the last reference is gone."""
+    """A file this machine can open; a temporary one is removed when the last reference is gone.
 
-    def __init__(self, path: str, suffix: str, temporary: bool = False) -> None:
+    `etag` names the version that is meant (`resources.files.version_of`); without it any will do.
+    """
+
+    def __init__(self, path: str, suffix: str, etag: str | None = None, temporary: bool = False) -> None:
         self.path = path
         self.suffix = suffix
+        self.etag = etag
         if temporary:
             weakref.finalize(self, _remove, path)
 
@@ -81,7 +85,7 @@ def localize(
         uri: path, file:// URI, s3:// URL or any other URL that fsspec knows.
         max_bytes: largest object accepted.
         s3: how S3 is reached, and from which size objects are probed by ranges.
-        etag: the version of an object on S3 that is meant.
+        etag: the version of a local file or an object on S3 that is meant.
         keep: whether the file will be decoded after the probe, so that a copy pays.
 
     An object of no more than one block is copied at once. Raises Unreadable (missing, no permission, no such
@@ -89,7 +93,7 @@ def localize(
     """
     path = local_path(uri)
     if path is not None:
-        return LocalFile(path, os.path.splitext(path)[1])
+        return LocalFile(path, os.path.splitext(path)[1], etag)
     s3 = s3 or S3()
     remote = open_object(uri, s3)
     size = remote.facts.bytes

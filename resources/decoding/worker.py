@@ -1,7 +1,8 @@
 """The program of a decoder process: reads requests from its pipe, decodes one file at a time, answers.
 
-Started as `python -P -m resources.decoding.worker MEMORY_BYTES PARENT_PID`. It limits its own address
-space, dies with its parent, and imports nothing beyond PyAV, numpy, Pillow and this package.
+Started as `python -P -m resources.decoding.worker MEMORY_BYTES PARENT_PID`. It dies with its parent, imports nothing
+beyond PyAV, numpy, Pillow and this package, and gives up whatever decoding does not need before the first file
+(`resources.decoding.jail`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import sys
 from typing import Any, BinaryIO
 
+from resources.decoding.jail import confine
 from resources.decoding.protocol import Fetch, Request, encode, read_range, read_request
 from resources.errors import Internal, MediaError, OutOfMemory
 from resources.faults import fault
@@ -25,13 +27,15 @@ def main(memory_bytes: int, parent: int) -> None:
     requests = os.fdopen(os.dup(0), "rb")
     answers = os.fdopen(os.dup(1), "wb", buffering=SEND_BYTES)
     _silence_standard_streams()
-    _confine(memory_bytes, parent)
+    die_with(parent)
+    sys.dont_write_bytecode = True
     import av
     import numpy
     import PIL.Image  # noqa: F401 - loaded before the first file, so that its time is not the file's
 
     av.logging.set_level(None)
     numpy.seterr(all="ignore")
+    confine(memory_bytes)
     _send(answers, "ready")
 
     def fetch(offset: int, size: int) -> bytes:
@@ -86,16 +90,6 @@ def _silence_standard_streams() -> None:
     for standard in (0, 1):
         os.dup2(null, standard)
     os.close(null)
-
-
-def _confine(memory_bytes: int, parent: int) -> None:
-    """Limit the address space, write no core files, die with the parent."""
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if sys.platform == "linux":
-        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    die_with(parent)
 
 
 def _rss_bytes() -> int:
