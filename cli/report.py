@@ -49,7 +49,7 @@ def show_summary(library: Library, summary: Summary) -> None:
     _problems(summary.problems)
     _failures(summary.failures)
     if not summary.runs:
-        _out.print(f"Nothing to do: all {summary.items} items are up to date ({summary.seconds_total} s).")
+        _out.print(_nothing_done(summary))
         return
     _spared(summary.facts.get("ocr_text", {}))
     home = str(library.settings.home)
@@ -58,6 +58,16 @@ def show_summary(library: Library, summary: Summary) -> None:
     _out.print("\n[bold]Next[/bold]")
     for command, what in next_commands(home):
         _out.print(f"  {_shown(command, _WHOLE_PATH)}   [dim]{what}[/dim]", soft_wrap=True)
+
+
+def _nothing_done(summary: Summary) -> str:
+    failed = len({failure["media_id"] for failure in summary.failures})
+    if not failed:
+        return f"Nothing to do: all {summary.items} items are up to date ({summary.seconds_total} s)."
+    return (
+        f"Nothing done: {summary.items - failed} of {summary.items} items are up to date, {failed} failed and are set"
+        " aside. When the cause is mended: media-assets dead-letters --replay"
+    )
 
 
 def next_commands(home: str) -> list[tuple[str, str]]:

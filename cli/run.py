@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -100,7 +101,7 @@ class Work:
             self._say(f"{', '.join(names)}: {len(keys)} of {len(items)} items to do")
             assets = [stage.name for name in names for stage in stages[name]]
             for batch in self._batches(keys):
-                self._execute(WHOLE_JOB, WHOLE, {}, {"keys": batch, "assets": assets})
+                self._execute(WHOLE_JOB, WHOLE, {}, {**batch, "assets": assets})
         for name, chosen in stages.items():
             tried = {key for names, keys in together.items() if name in names for key in keys}
             left = [item for item in items if item.media_id not in tried]
@@ -109,8 +110,8 @@ class Work:
             waiting = pending(left, chosen, self.library.outcomes.load(ids))
             self._say(f"{name}: {len(waiting)} of {len(left)} items to do")
             for batch in self._batches(waiting):
-                tags = explicit_batch_tags(batch, settings)
-                self._execute(f"process_{name}", name, tags, {"keys": batch}, [stage.name for stage in chosen])
+                tags = explicit_batch_tags(batch["keys"], settings)
+                self._execute(f"process_{name}", name, tags, batch, [stage.name for stage in chosen])
 
     def _needing_several(
         self, items: Sequence[MediaItem], stages: Mapping[str, list[Stage[Any, Any]]]
@@ -129,17 +130,30 @@ class Work:
                 found.setdefault(tuple(names), []).append(item.media_id)
         return found
 
-    def _batches(self, waiting: Sequence[str]) -> Iterator[list[str]]:
-        """Batches of the items waiting, which are partitions before the first of them is worked on."""
+    def _batches(self, waiting: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """Batches of the items waiting, as their op's config; they are partitions before the first is worked on.
+
+        What was in flight when its process died, and may have killed it, comes last and goes one at a time.
+        """
         from media_assets.checker import checker
         from media_assets.partitions import add_partitions
 
         if waiting:
             checker().warm()  # beside Dagster's imports; the first check may come soon after
             add_partitions(self.instance, self.library.settings, waiting)
-        size = self.library.settings.engine.batch_items
-        for first in range(0, len(waiting), size):
-            yield list(waiting[first : first + size])
+        suspected = self._suspects(waiting)
+        if suspected:
+            self._say(f"{len(suspected)} items were in flight when their process died or hung: these go one at a time")
+        for keys in ([key for key in waiting if key not in suspected], [key for key in waiting if key in suspected]):
+            size = self.library.settings.engine.batch_items
+            for first in range(0, len(keys), size):
+                yield {"keys": keys[first : first + size], "careful": keys[first] in suspected}
+
+    def _suspects(self, waiting: Sequence[str]) -> set[str]:
+        from media_assets.planning import suspects
+
+        outcomes = self.library.outcomes
+        return suspects(outcomes.load(waiting), cache(lambda run_id: not outcomes.alive([run_id])))
 
     def _selected(self, stages: list[Stage[Any, Any]]) -> list[Stage[Any, Any]]:
         return [stage for stage in stages if not self.select or stage.name in self.select]
@@ -171,7 +185,7 @@ class Work:
         job: str,
         op: str | None,
         tags: dict[str, str],
-        config: dict[str, list[str]],
+        config: dict[str, Any],
         assets: Sequence[str] | None = None,
     ) -> None:
         """Execute a job, with `config` for its op; `assets` are those chosen of an asset job."""

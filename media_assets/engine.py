@@ -20,7 +20,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from queue import Empty, SimpleQueue
@@ -40,6 +40,7 @@ from resources.errors import (
 )
 from resources.faults import fault
 from resources.heartbeat import Pulse
+from resources.model_loads import ModelLoads
 from resources.models.registry import waited_s
 from resources.outcomes import (
     Claim,
@@ -381,8 +382,11 @@ class BatchEngine:
         Closing the iterator early finishes running calls and gives unfinished items back. An error of
         the record database or a defect of the engine itself propagates; an item's error never does.
         """
-        with self._outcomes.lease(run_id) as lease:
-            batch = _Batch(self, items, run_id, lease.liveness, report or _ignore)
+        loads = self._outcomes.model_loads(run_id)
+        with self._outcomes.lease(run_id) as lease, ExitStack() as announced:
+            for models in {id(stage.models): stage.models for stage in self._stages}.values():
+                announced.enter_context(models.announcing(loads.under_way))
+            batch = _Batch(self, items, run_id, lease.liveness, report or _ignore, loads)
             try:
                 yield from batch.results()
             finally:
@@ -400,6 +404,7 @@ class _Batch:
         run_id: str,
         alive: Any,
         report: Callable[[Progress], None],
+        loads: ModelLoads,
     ) -> None:
         self.stages = engine._stages
         self.store = engine._store
@@ -410,6 +415,7 @@ class _Batch:
         self.run_id = run_id
         self.alive = alive
         self.report = report
+        self.loads = loads
         self.selected = frozenset(stage.name for stage in self.stages)
         self.order = {stage.name: index for index, stage in enumerate(self.stages)}
         self.waiting = deque(items)
@@ -421,6 +427,8 @@ class _Batch:
         # Items of one unit each keep the inference thread busy when one more micro-batch is in preparation.
         filling = (LANE_DEPTH + 1) * max(self.caps.values(), default=0)
         self.window = self.settings.window or max(IN_FLIGHT, self.settings.prepare_threads, filling)
+        # An item that is alone in flight, for it may have killed its process, has one stage in flight.
+        self.is_careful = self.window == 1
         self.loaded: dict[str, Failure | None] = {}
         self.hangs = Counter[str]()
         self.given_up: dict[str, Failure] = {}
@@ -453,7 +461,7 @@ class _Batch:
                 if self.settled or self.ready or self._can_admit():
                     continue
                 raise RuntimeError("the batch engine has items in flight but nothing to do")
-            for event in self.executor.finished(COMMIT_S if self.ending or self.claiming else math.inf):
+            for event in self.executor.finished(COMMIT_S if self._has_news() else math.inf):
                 self._handle(event)
             self._dispatch()
             self.report(self.progress)
@@ -476,9 +484,13 @@ class _Batch:
         while self._can_admit() and self._has_room():
             self._admit(self.waiting.popleft())
         self._dispatch()
-        while (self.ending or self.claiming) and self._is_due():
+        while self._has_news() and self._is_due():
             self._record()
             self._dispatch()
+
+    def _has_news(self) -> bool:
+        """Whether something has ended or may be claimed."""
+        return bool(self.ending or (self.claiming and not (self.is_careful and self.claimed)))
 
     def _is_due(self) -> bool:
         """Whether to write down what has ended: a thread may run out of work, or it has been a while."""
@@ -543,7 +555,8 @@ class _Batch:
 
     def _claim(self) -> None:
         """Claim what waits for it."""
-        tasks, self.claiming = self.claiming, []
+        some = 1 if self.is_careful else len(self.claiming)
+        tasks, self.claiming = self.claiming[:some], self.claiming[some:]
         wanted = [(task.media_id, task.stage.name, task.version) for task in tasks]
         for task, answer in zip(tasks, self.outcomes.claim_many(wanted, self.run_id, self.alive), strict=True):
             if isinstance(answer, Withdrawn):
@@ -669,7 +682,8 @@ class _Batch:
     def _answer(self, stage: Stage[Any, Any], units: list[Unit[Any]]) -> Mapping[str, Any]:
         """In the inference thread: an answer for every unit, whatever the model does."""
         if stage.name not in self.loaded:
-            self.loaded[stage.name] = _loading_failure(stage)
+            with self.loads.under_way():
+                self.loaded[stage.name] = _loading_failure(stage)
         broken = self.loaded[stage.name] or self.given_up.get(stage.name)
         if broken is not None:
             return {unit.id: broken for unit in units}
@@ -825,7 +839,7 @@ class _Batch:
 
     def _record(self) -> None:
         """Write down what has ended and claim what is to begin, until nothing follows from it."""
-        while self.ending or self.claiming:
+        while self._has_news():
             if self.ending:
                 self._end()
             else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -50,6 +50,16 @@ def pending(items: Iterable[MediaItem], stages: Sequence[Stage[Any, Any]], recor
     """IDs of items for which some stage has no settled outcome at its current version; retries count at once."""
     done = (Need.NOTHING,)
     return [item.media_id for item in items if any(need_of(item, stage, records)[0] not in done for stage in stages)]
+
+
+def suspects(records: Records, is_dead: Callable[[str], bool]) -> set[str]:
+    """IDs of items that were in flight when their run died, or whose call hung: they go on one at a time."""
+    return {
+        media_id
+        for (media_id, _), record in records.items()
+        if (record.status is Status.RUNNING and is_dead(record.run_id or ""))
+        or (record.status is Status.RETRYABLE and record.error_class == ModelTimeout.code)
+    }
 
 
 def judge(item: MediaItem, stages: Sequence[Stage[Any, Any]], records: Records, now: datetime) -> Judgement:

@@ -135,7 +135,7 @@ class UpstreamFailed(MediaError):
 
 class WorkerLost(MediaError):
     code, retryable, http_status = "worker_lost", True, 503
-    remedy = "The process died while this item was in flight; it is tried again and then quarantined."
+    remedy = "Look for the kernel's out-of-memory killer; then: media-assets dead-letters --class worker_lost --replay"
 
 
 class DatabaseUnavailable(MediaError):

@@ -11,10 +11,10 @@ Transitions (`claim` grows with every claim, so a worker that lost its item cann
     quarantined, retryable (ok, not_applicable on demand) ──reset──▶ retryable, attempts 0
     any but running ──block──▶ retryable | quarantined, class upstream_failed
 
-Every transition is guarded in SQL and written to `outcome_history` in the same transaction. An upload that is not
-live any more is neither claimed nor blocked, and of a purged one nothing is finished. A claim, a block and a reset
-make the planner look at the item again. Locks are taken in the order uploads, outcomes, and of several rows of a
-table in the order of their keys.
+A worker that died while it loaded a model made no attempt. Every transition is guarded in SQL and written to
+`outcome_history` in the same transaction. An upload that is not live any more is neither claimed nor blocked, and of a
+purged one nothing is finished. A claim, a block and a reset make the planner look at the item again. Locks are taken
+in the order uploads, outcomes, and of several rows of a table in the order of their keys.
 
 Claims and endings come many at a time, in one statement each: an engine with small items waits for little else.
 """
@@ -37,6 +37,7 @@ from sqlalchemy.dialects.postgresql import insert
 
 from resources.database import LOCK_NAMESPACE, Database
 from resources.errors import Failure, UpstreamFailed, WorkerLost
+from resources.model_loads import ModelLoads, died_loading
 from resources.records import outcome_history, outcomes, uploads
 from resources.settings import Engine
 
@@ -303,8 +304,9 @@ class OutcomeStore:
                         return current
                     if current.status is Status.QUARANTINED and current.error_class != UpstreamFailed.code:
                         return current
-                    attempts = current.attempts + 1
-                    if current.status is Status.RUNNING and current.attempts >= self._settings.max_attempts:
+                    was_tried = current.status is not Status.RUNNING or not died_loading(connection, current.run_id)
+                    attempts = max(current.attempts + was_tried, 1)
+                    if current.status is Status.RUNNING and attempts > self._settings.max_attempts:
                         return self._lost(connection, current)
             values = {
                 "media_id": media_id,
@@ -335,7 +337,7 @@ class OutcomeStore:
             return Claim(media_id, asset, version, number, attempts, twin)
 
     def _lost(self, connection: sa.Connection, current: Outcome) -> Outcome:
-        error = f"The worker died {current.attempts} times with this item in flight. {WorkerLost.remedy}"
+        error = f"Its process died {current.attempts} times with this item in flight. {WorkerLost.remedy}"
         claim = Claim(current.media_id, current.asset, current.version, current.claim, current.attempts)
         return _only(_end(connection, [Ending(claim, Status.QUARANTINED, error_class=WorkerLost.code, error=error)]))
 
@@ -523,6 +525,10 @@ class OutcomeStore:
     def lease(self, run_id: str) -> Lease:
         """A lease that says this run is alive; hold it while items are in flight."""
         return Lease(self._engine, run_id)
+
+    def model_loads(self, run_id: str) -> ModelLoads:
+        """Where this process, which works for this run, notes that it loads a model."""
+        return ModelLoads(self._engine, run_id)
 
 
 class Liveness:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-REVISION = "0004"
+REVISION = "0005"
 """The newest migration: alembic, which would say so too, takes a second to import."""
 
 metadata = sa.MetaData()
@@ -83,6 +83,15 @@ library_state = sa.Table(
     sa.Column("name", sa.Text, primary_key=True),
     sa.Column("value", sa.Text, nullable=False),
     sa.Column("updated_at", _timestamp, nullable=False, server_default=sa.func.now()),
+)
+
+# Processes that load a model right now, and those that died while they did: no item of theirs was tried.
+model_loads = sa.Table(
+    "model_loads",
+    metadata,
+    sa.Column("run_id", sa.Text, primary_key=True),
+    sa.Column("process", sa.Text, primary_key=True),
+    sa.Column("since", _timestamp, nullable=False, server_default=sa.func.now()),
 )
 
 outcomes = sa.Table(

@@ -8,7 +8,7 @@ import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
@@ -16,10 +16,12 @@ from typing import Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from resources.errors import ModelUnavailable, not_loaded
+from resources.faults import fault
 from resources.models.screens import SCREENS, Screen, read_screens
 from resources.settings import Settings
 
 T = TypeVar("T")
+Announcer = Callable[[], AbstractContextManager[object]]
 CATALOGUE = Path(__file__).with_name("models.toml")
 ROUTES = "routes"
 """The key of a profile that holds its routes; besides it and SCREENS, every one is a task."""
@@ -165,6 +167,7 @@ class ModelRegistry:
         self._lock = threading.Lock()
         self._loading: dict[_Key, threading.RLock] = {}
         self.loads: dict[str, int] = {}
+        self._announcers: list[Announcer] = []
 
     @property
     def cache(self) -> Path:
@@ -220,6 +223,15 @@ class ModelRegistry:
         """
         return self._once(_Key(spec.task, spec.network), spec, f"network@{spec.network[:12]}", load)
 
+    @contextmanager
+    def announcing(self, announce: Announcer) -> Iterator[None]:
+        """Within this every model is loaded within `announce()`, in the thread that loads it."""
+        self._announcers.append(announce)
+        try:
+            yield
+        finally:
+            self._announcers.remove(announce)
+
     def _once(self, key: _Key, spec: ModelSpec, counted_as: str, load: Callable[[], T]) -> T:
         with self._lock:
             turn = self._loading.setdefault(key, threading.RLock())
@@ -228,7 +240,11 @@ class ModelRegistry:
         with _waiting(), turn:
             if key not in self._loaded:
                 try:
-                    self._loaded[key] = load()
+                    with ExitStack() as announced:
+                        for announce in tuple(self._announcers):
+                            announced.enter_context(announce())
+                        fault("models.loading")
+                        self._loaded[key] = load()
                 except Exception as error:
                     told = not_loaded(f"Model {spec.name} ({spec.task})", error)
                     if told is error:
