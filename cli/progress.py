@@ -1,10 +1,11 @@
-"""Draws progress on stderr: live bars on a terminal, a line every few seconds elsewhere."""
+"""Progress of `run` on stderr: one line for the whole work, drawn over on a terminal, every few seconds elsewhere."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -14,48 +15,156 @@ if TYPE_CHECKING:
 
 _EVERY_S = 5.0
 _EVERY_LIVE_S = 0.5
+_BAR = 24  # characters
+_SURE_S = 5.0  # seconds of work after which the time left is told
+Task = tuple[str, str]
+"""A media ID and an asset."""
+Expected = Mapping[Task, tuple[str, float]]
+"""Of every task to be made, the kind of its media and the seconds that it is expected to take."""
+_DOUBT_S = 1.0  # so much work of an asset has to be seen before it outweighs what was expected
+
+
+class Account:
+    """What of the work is done and what is left, in seconds of work.
+
+    What is reused is no work. How long an asset takes, for media of a kind, corrects what is expected of the rest.
+    """
+
+    def __init__(self, expected: Expected) -> None:
+        self._left = dict(expected)
+        self._open = Counter(media_id for media_id, _ in expected)
+        self._left_of: defaultdict[tuple[str, str], float] = defaultdict(float)  # by asset and kind, as the next two
+        for (_, asset), (kind, seconds) in expected.items():
+            self._left_of[asset, kind] += seconds
+        self._expected_of_done: defaultdict[tuple[str, str], float] = defaultdict(float)
+        self._took_of: defaultdict[tuple[str, str], float] = defaultdict(float)
+        self._took: defaultdict[str, float] = defaultdict(float)
+        self._spent_before: defaultdict[str, float] = defaultdict(float)
+        self._batch: Progress | None = None
+        self._seen = 0
+        self.items = len(self._open)
+        self.items_done = 0
+        self.failed: set[str] = set()
+
+    def take(self, progress: Progress) -> None:
+        """Take in what is new in a batch, the same as before or the next one."""
+        if progress is not self._batch:
+            for asset, seconds in self._batch.seconds.items() if self._batch else ():
+                self._spent_before[asset] += seconds
+            self._batch, self._seen = progress, 0
+        for how, outcome in progress.settled[self._seen :]:
+            self._settle(str(how), outcome.media_id, outcome.asset, outcome.seconds)
+            if not outcome.status.done and outcome.error_class not in (None, "upstream_failed"):
+                self.failed.add(outcome.media_id)
+        self._seen = len(progress.settled)
+
+    def _settle(self, how: str, media_id: str, asset: str, seconds: float | None) -> None:
+        if (media_id, asset) not in self._left:
+            return
+        kind, expected = self._left.pop((media_id, asset))
+        self._left_of[asset, kind] -= expected
+        self._open[media_id] -= 1
+        self.items_done += not self._open[media_id]
+        if how == "computed":
+            self._expected_of_done[asset, kind] += expected
+            self._took_of[asset, kind] += seconds or 0.0
+            self._took[asset] += seconds or 0.0
+
+    @property
+    def spent_s(self) -> float:
+        """Seconds of work so far."""
+        return sum(self._spent_before.values()) + (sum(self._batch.seconds.values()) if self._batch else 0.0)
+
+    @property
+    def left_s(self) -> float:
+        """Seconds of work that are left."""
+        left: defaultdict[str, float] = defaultdict(float)
+        for (asset, kind), expected in self._left_of.items():
+            seen = self._expected_of_done[asset, kind] + _DOUBT_S
+            left[asset] += expected * (self._took_of[asset, kind] + _DOUBT_S) / seen
+        return sum(max(seconds - self._begun_s(asset), 0.1 * seconds) for asset, seconds in left.items())
+
+    def _begun_s(self, asset: str) -> float:
+        """Seconds of work on items in flight."""
+        in_batch = self._batch.seconds[asset] if self._batch else 0.0
+        return self._spent_before[asset] + in_batch - self._took[asset]
+
+    @property
+    def share(self) -> float:
+        """Share of the work that is done, 0 to 1."""
+        if not self._left:
+            return 1.0
+        return self.spent_s / (self.spent_s + self.left_s) if self.spent_s else 0.0
 
 
 class Reporter:
-    """Receives the progress of one batch and says items, stage, rate, failures and time left."""
+    """Receives the progress of one batch after another, and draws that of the whole work."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, expected: Expected) -> None:
         self._console = console
         self._live = console.is_terminal
-        self._started = time.monotonic()
+        self._started: float | None = None
         self._last = 0.0
-        self._finished = False
+        self._account = Account(expected)
+        self._drawn = False
+        self._share = 0.0
         self.facts: dict[str, Counter[str]] = {}
 
-    def __call__(self, group: str, progress: Progress) -> None:
+    def __call__(self, _group: str, progress: Progress) -> None:
         """Draw when it is time to."""
-        self.facts = progress.facts
         now = time.monotonic()
-        finished = progress.items_done == progress.items
-        if self._finished or (not finished and now - self._last < (_EVERY_LIVE_S if self._live else _EVERY_S)):
+        self._started = self._started or now
+        self._account.take(progress)
+        self.facts = progress.facts
+        if now - self._last >= (_EVERY_LIVE_S if self._live else _EVERY_S):
+            self._last = now
+            self._draw(progress.running)
+
+    def clear(self) -> None:
+        """Make room for other output."""
+        if self._live and self._drawn:
+            self._write("\r\x1b[2K")
+            self._drawn = False
+
+    def close(self) -> None:
+        """Draw the end, if anything was done."""
+        if self._started is not None:
+            self._draw("")
+            if self._live:
+                self._write("\n")
+            self._started = None
+
+    def _draw(self, running: str) -> None:
+        assert self._started is not None
+        self._share = max(self._share, self._account.share)  # what is expected may grow, a bar that shrinks alarms
+        parts = line(self._account, self._share, running, time.monotonic() - self._started)
+        if not self._live:
+            print(" · ".join(parts), file=sys.stderr, flush=True)
             return
-        self._last, self._finished = now, finished
-        text = line(group, progress, now - self._started)
-        if self._live:
-            self._console.file.write("\r\x1b[2K" + text + ("\n" if finished else ""))
-            self._console.file.flush()
-        else:
-            print(text, file=sys.stderr, flush=True)
+        filled = round(self._share * _BAR)
+        text = " · ".join([f"{'█' * filled}{'░' * (_BAR - filled)} {parts[0]}", *parts[1:]])
+        self._write("\r\x1b[2K" + text[: self._console.width - 1])
+        self._drawn = True
+
+    def _write(self, text: str) -> None:
+        self._console.file.write(text)
+        self._console.file.flush()
 
 
-def line(group: str, progress: Progress, elapsed_s: float) -> str:
-    """One line: items and stages done, the stage that is running, stages per second, time left, failures."""
-    rate = progress.tasks_done / elapsed_s if elapsed_s > 0 else 0.0
-    left = f"{(progress.tasks - progress.tasks_done) / rate:.0f} s left" if rate else "estimating"
-    failed = sum(count for (_, status), count in progress.settled.items() if status in ("retryable", "quarantined"))
-    inputs = ", ".join(f"{name} {count}" for name, count in progress.units.items())
-    parts = [
-        f"{group}: {progress.items_done}/{progress.items} items",
-        f"{progress.tasks_done}/{progress.tasks} outcomes",
-        *([progress.running] if progress.running else []),
-        f"{rate:.2f}/s",
-        left,
-        f"{failed} failed",
-        *([f"model inputs: {inputs}"] if inputs else []),
+def line(account: Account, share: float, running: str, elapsed_s: float) -> list[str]:
+    """The parts of one line: share of the work and items done, what runs, time left, items that failed."""
+    return [
+        f"{share:.0%}",
+        f"{account.items_done}/{account.items} items",
+        *([running] if running else []),
+        *([_left(account, elapsed_s)] if account.items_done < account.items else [f"{elapsed_s:.0f} s"]),
+        *([f"{len(account.failed)} failed"] if account.failed else []),
     ]
-    return " · ".join(parts)
+
+
+def _left(account: Account, elapsed_s: float) -> str:
+    spent_s = account.spent_s
+    if spent_s < _SURE_S:
+        return "time left not known yet"
+    seconds = account.left_s * elapsed_s / spent_s
+    return f"about {seconds:.0f} s left" if seconds < 90 else f"about {seconds / 60:.0f} min left"

@@ -65,8 +65,8 @@ def _nothing_done(summary: Summary) -> str:
     if not failed:
         return f"Nothing to do: all {summary.items} items are up to date ({summary.seconds_total} s)."
     return (
-        f"Nothing done: {summary.items - failed} of {summary.items} items are up to date, {failed} failed and are set"
-        " aside. When the cause is mended: media-assets dead-letters --replay"
+        f"Nothing to do: {summary.items - failed} of {summary.items} items are up to date; set aside after a failure:"
+        f" {failed}. When the cause is mended: media-assets dead-letters --replay"
     )
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from cli.instance import open_instance
-from cli.progress import Reporter
+from cli.progress import Expected, Reporter
 from resources.library import Library
 from resources.registry import Problem, Upload, discover
 
@@ -54,13 +54,18 @@ class Work:
         self.summary = Summary()
         self._instance: DagsterInstance | None = None
         self._definitions: Any = None
+        self._reporter: Reporter | None = None
 
     def run(self, paths: Sequence[str]) -> Summary:
         """Register `paths` and process what is pending for them (for every live item when there are none)."""
         start = time.monotonic()
         items = self._items(paths)
         self.summary.items = len(items)
-        self._process(items)
+        try:
+            self._process(items)
+        finally:
+            if self._reporter is not None:
+                self._reporter.close()
         self._rebuild()
         self._account(items)
         self.summary.seconds_total = round(time.monotonic() - start, 2)
@@ -95,6 +100,7 @@ class Work:
         every = {group.name: self._selected(group.load(settings, models)) for group in groups(settings)}
         stages = {name: chosen for name, chosen in every.items() if chosen}
         ids = [item.media_id for item in items]
+        self._reporter = Reporter(self.console, self._expected(items, stages))
         # Items that need several groups go through them in one run, unless the settings limit groups apart.
         together = self._needing_several(items, stages) if len(pools(settings)) == 1 else {}
         for names, keys in together.items():
@@ -112,6 +118,22 @@ class Work:
             for batch in self._batches(waiting):
                 tags = explicit_batch_tags(batch["keys"], settings)
                 self._execute(f"process_{name}", name, tags, batch, [stage.name for stage in chosen])
+
+    def _expected(self, items: Sequence[MediaItem], stages: Mapping[str, list[Stage[Any, Any]]]) -> Expected:
+        from jobs.costs import SAMPLE, Costs, kind_of
+        from media_assets.planning import to_do
+
+        ids = [item.media_id for item in items]
+        rows = {row["media_id"]: row for row in self.library.registry.live(ids)}
+        costs = Costs(self.library.backlog.past_work(SAMPLE))
+        every = [stage for members in stages.values() for stage in members]
+        return {
+            (media_id, asset): (
+                kind_of(rows[media_id]["uri"]),
+                costs.of_asset(asset, rows[media_id]["uri"], rows[media_id]["bytes"]),
+            )
+            for media_id, asset in to_do(items, every, self.library.outcomes.load(ids))
+        }
 
     def _needing_several(
         self, items: Sequence[MediaItem], stages: Mapping[str, list[Stage[Any, Any]]]
@@ -198,7 +220,8 @@ class Work:
             from media_assets.definitions import build
 
             self._definitions = build(self.library)
-        self.library.reporter = reporter = Reporter(self.console)
+        self.library.reporter = reporter = self._reporter or Reporter(self.console, {})
+        reporter.facts = {}
         result = self._definitions.resolve_job_def(job).execute_in_process(
             instance=instance,
             run_config={
@@ -242,6 +265,8 @@ class Work:
         summary.seconds = {asset: round(spent, 3) for asset, spent in seconds.items()}
 
     def _say(self, text: str) -> None:
+        if self._reporter is not None:
+            self._reporter.clear()
         self.console.print(f"[dim]{text}[/dim]", highlight=False)
 
 

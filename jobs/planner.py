@@ -8,14 +8,14 @@ Dagster's partitions nor its run queue. `Planner.tick` decides and records; laun
 from __future__ import annotations
 
 import hashlib
-import mimetypes
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from jobs.costs import SAMPLE, Costs, kind_of
 from jobs.express import EXPRESS, pools
 from media_assets.grouping import groups as groups_of
 from media_assets.planning import Judgement, Need, judge
@@ -28,15 +28,10 @@ from resources.outcomes import Outcome
 LONG = "long"
 CAREFUL = "careful"
 MIXED = "mixed"
-COST_SAMPLE = 20_000
 COST_MAX_AGE_S = 120.0
 BUSY_DELAY_S = 30.0
 LOOK_ON_S = 3.0
 _PAGE = 1000
-_MEGABYTE = 1e6
-# Seconds of one group for one item on two CPU cores, until outcomes of this library say better.
-GUESSED_SECONDS = {"video": 20.0, "audio": 10.0, "image": 1.0, "text": 0.5, "other": 2.0}
-TIMED = ("video", "audio")  # their cost follows their size
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,35 +70,6 @@ class _Candidate:
     is_guess: bool
     lane: str
     waited_s: float
-
-
-class Costs:
-    """Expected seconds per asset, from past outcomes: by megabyte for video and audio, by item for the rest."""
-
-    def __init__(self, past: Sequence[tuple[str, str, float, int]]) -> None:
-        totals: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
-        for asset, uri, seconds, size in past:
-            total = totals[asset, kind_of(uri)]
-            total[0] += seconds
-            total[1] += 1
-            total[2] += size / _MEGABYTE
-        self._totals = dict(totals)
-
-    def seconds(self, assets: Sequence[str], uri: str, size: int | None) -> tuple[float, bool]:
-        """Expected seconds of these assets of one upload, and whether some of it is a guess."""
-        kind = kind_of(uri)
-        known = [total for asset in assets if (total := self._totals.get((asset, kind))) is not None]
-        if not known:
-            return GUESSED_SECONDS[kind], True
-        if kind in TIMED and size is not None and all(total[2] > 0 for total in known):
-            return sum(total[0] / total[2] for total in known) * size / _MEGABYTE, False
-        return sum(total[0] / total[1] for total in known), False
-
-
-def kind_of(uri: str) -> str:
-    """`video`, `audio`, `image`, `text` or `other`, by the name alone: enough to pack, never trusted further."""
-    kind = (mimetypes.guess_type(uri, strict=False)[0] or "").split("/", 1)[0]
-    return kind if kind in GUESSED_SECONDS else "other"
 
 
 def plan_digest(stages: Mapping[str, Sequence[Stage[Any, Any]]]) -> str:
@@ -234,7 +200,7 @@ class Planner:
 
     def _known_costs(self) -> Costs:
         if self._costs is None or time.monotonic() - self._costs[0] > COST_MAX_AGE_S:
-            self._costs = (time.monotonic(), Costs(self._backlog.past_work(COST_SAMPLE)))
+            self._costs = (time.monotonic(), Costs(self._backlog.past_work(SAMPLE)))
         return self._costs[1]
 
     # -- packing ------------------------------------------------------------------------------------------

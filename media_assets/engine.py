@@ -15,10 +15,9 @@ none waits for others.
 
 from __future__ import annotations
 
-import math
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
@@ -60,6 +59,7 @@ from resources.storage import DerivedStore
 LANE_DEPTH = 2  # micro-batches handed to the inference thread: one running, one waiting
 IN_FLIGHT = 24  # items in flight at least, where `engine.window` is not set
 COMMIT_S = 0.05  # time between two commits while there is enough to do
+REPORT_S = 1.0  # time between two reports while nothing happens
 _WRITING = "The writing of its output"
 MAX_HANGS = 3  # hung calls of one stage after which the rest of its items fail without being tried
 
@@ -97,24 +97,19 @@ class Result:
 
 @dataclass(slots=True)
 class Progress:
-    """Counts of a running batch; the engine keeps them, a reporter draws them.
+    """The state of a running batch; the engine keeps it, a reporter draws it.
 
-    A task is one stage of one item; `facts` are the sums of what the stages counted.
+    `settled` grows by one record per stage of an item, and how it came about; `seconds` are those spent so far, by
+    asset, on items in flight too; `facts` are the sums of what the stages counted.
     """
 
     items: int
-    tasks: int
     items_done: int = 0
-    settled: Counter[tuple[str, str]] = field(default_factory=Counter)
+    settled: list[tuple[How, Outcome]] = field(default_factory=list)
     units: Counter[str] = field(default_factory=Counter)
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     facts: dict[str, Counter[str]] = field(default_factory=dict)
     running: str = ""
-
-    @property
-    def tasks_done(self) -> int:
-        """Tasks that are settled, one way or another."""
-        return self.settled.total()
 
 
 @dataclass(frozen=True, slots=True)
@@ -441,7 +436,7 @@ class _Batch:
         self.recorded_at = 0.0
         self.working = self.inferring = self.unanswered = 0
         self.settled: deque[Result] = deque()
-        self.progress = Progress(items=len(items), tasks=len(items) * len(self.stages))
+        self.progress = Progress(items=len(items))
 
     def _load(self, items: Sequence[MediaItem]) -> dict[tuple[str, str], Outcome]:
         needed = {name for stage in self.stages for name in (stage.name, *stage.inputs)}
@@ -461,7 +456,7 @@ class _Batch:
                 if self.settled or self.ready or self._can_admit():
                     continue
                 raise RuntimeError("the batch engine has items in flight but nothing to do")
-            for event in self.executor.finished(COMMIT_S if self._has_news() else math.inf):
+            for event in self.executor.finished(COMMIT_S if self._has_news() else REPORT_S):
                 self._handle(event)
             self._dispatch()
             self.report(self.progress)
@@ -676,7 +671,7 @@ class _Batch:
         units = {f"{task.media_id}/{unit.id}": (task, unit) for task, unit in batch}
         payload = [replace(unit, id=key) for key, (_, unit) in units.items()]
         self.inferring += 1
-        self.progress.running = name
+        self.progress.running = name if name in self.loaded else f"loading the models of {name}"
         self.executor.submit("inference", (self._inferred, stage, units), lambda: self._answer(stage, payload))
 
     def _answer(self, stage: Stage[Any, Any], units: list[Unit[Any]]) -> Mapping[str, Any]:
@@ -710,7 +705,7 @@ class _Batch:
 
     def _prepared(self, event: Event, task: Task) -> None:
         self.working -= 1
-        task.seconds += event.seconds
+        self._spend(task, event.seconds)
         if isinstance(event.error, NotApplicable):
             self._not_applicable(task, str(event.error))
         elif event.error is not None:
@@ -741,7 +736,7 @@ class _Batch:
             failure = Failure.of(event.error)
         for key, (task, unit) in units.items():
             answer = failure or event.value[key]
-            task.seconds += share * unit.cost
+            self._spend(task, share * unit.cost)
             task.answers[unit.id] = answer
             if isinstance(answer, Failure) and task.failure is None:
                 task.failure = answer
@@ -750,6 +745,10 @@ class _Batch:
                     self._assemble(task)
                 else:
                     self._fail(task, task.failure)
+
+    def _spend(self, task: Task, seconds: float) -> None:
+        task.seconds += seconds
+        self.progress.seconds[task.stage.name] += seconds
 
     def _failure_of(self, task: Task, error: BaseException) -> Failure:
         """Failure of a `work` call."""
@@ -769,7 +768,7 @@ class _Batch:
 
     def _assembled(self, event: Event, task: Task) -> None:
         self.working -= 1
-        task.seconds += event.seconds
+        self._spend(task, event.seconds)
         if event.error is not None:
             self._fail(task, self._failure_of(task, event.error))
             return
@@ -781,7 +780,7 @@ class _Batch:
 
     def _copied(self, event: Event, task: Task, twin: str) -> None:
         self.working -= 1
-        task.seconds += event.seconds
+        self._spend(task, event.seconds)
         if isinstance(event.error, Hung):
             self._fail(task, self._failure_of(task, event.error))
             return
@@ -803,7 +802,7 @@ class _Batch:
 
     def _emptied(self, event: Event, task: Task, empty: Product, reason: str) -> None:
         self.working -= 1
-        task.seconds += event.seconds
+        self._spend(task, event.seconds)
         if event.error is not None:
             self._fail(task, self._failure_of(task, event.error))
             return
@@ -866,9 +865,7 @@ class _Batch:
         self.claimed.pop((task.media_id, name), None)
         task.answers.clear()
         flight.records[name] = outcome
-        self.progress.settled[name, outcome.status] += 1
-        if how is How.COMPUTED:
-            self.progress.seconds[name] = self.progress.seconds.get(name, 0.0) + task.seconds
+        self.progress.settled.append((how, outcome))
         facts = product.facts if product else {}
         previews = product.previews if product else {}
         sums = self.progress.facts.setdefault(name, Counter())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -50,6 +50,16 @@ def pending(items: Iterable[MediaItem], stages: Sequence[Stage[Any, Any]], recor
     """IDs of items for which some stage has no settled outcome at its current version; retries count at once."""
     done = (Need.NOTHING,)
     return [item.media_id for item in items if any(need_of(item, stage, records)[0] not in done for stage in stages)]
+
+
+def to_do(items: Iterable[MediaItem], stages: Sequence[Stage[Any, Any]], records: Records) -> Iterator[tuple[str, str]]:
+    """(media ID, asset) of all that is to be made by `stages`, which are in their order, or follows from it."""
+    for item in items:
+        made: set[str] = set()
+        for stage in stages:
+            if made.intersection(stage.inputs) or need_of(item, stage, records)[0] is not Need.NOTHING:
+                made.add(stage.name)
+                yield item.media_id, stage.name
 
 
 def suspects(records: Records, is_dead: Callable[[str], bool]) -> set[str]:

@@ -12,8 +12,9 @@ import pytest
 import sqlalchemy as sa
 from dagster._core.events import StepMaterializationData
 
+from jobs.costs import Costs
 from jobs.express import EXPRESS, build_express_job, pools
-from jobs.planner import CAREFUL, LONG, MIXED, Costs, Planner, Tick
+from jobs.planner import CAREFUL, LONG, MIXED, Planner, Tick
 from media_assets.groups import media_items
 from media_assets.versions import item_version
 from resources.errors import Failure, ModelTimeout
