@@ -1,9 +1,10 @@
-"""Named fault points: tests make the process die or fail exactly there; without the variable they cost nothing."""
+"""Named fault points: tests and benchmarks make the process die, fail or wait exactly there; without the variable they cost nothing."""
 
 from __future__ import annotations
 
 import os
 import signal
+import time
 
 VARIABLE = "MEDIA_FAULT"
 _hits: dict[str, int] = {}
@@ -12,13 +13,17 @@ _hits: dict[str, int] = {}
 def fault(point: str) -> None:
     """Act on `MEDIA_FAULT=point:action[:n]` at the n-th passage (default 1).
 
-    Actions: `kill` (SIGKILL to this process), `raise` (RuntimeError), `disk_full` (OSError ENOSPC).
+    Actions: `kill` (SIGKILL to this process), `raise` (RuntimeError), `disk_full` (OSError ENOSPC); `slow` waits n
+    milliseconds at every passage.
     """
     wanted = os.environ.get(VARIABLE)
     if not wanted:
         return
     name, action, *count = wanted.split(":")
     if name != point:
+        return
+    if action == "slow":
+        time.sleep(int(count[0]) / 1000)
         return
     _hits[point] = _hits.get(point, 0) + 1
     if _hits[point] != int(count[0] if count else 1):
