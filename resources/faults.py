@@ -1,4 +1,4 @@
-"""Named fault points: tests and benchmarks make the process die, fail or wait exactly there; without the variable they cost nothing."""
+"""Named fault points: tests and benchmarks make the process die, fail or wait there; otherwise they cost nothing."""
 
 from __future__ import annotations
 
