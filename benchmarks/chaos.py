@@ -81,17 +81,16 @@ class Disturbances:
     ) -> None:
         self._system, self._seconds, self._every_s = system, seconds, kill_every_s
         self._more = list(more.items())
-        self._kills = self._restarts = self._done = 0
+        self._killed_s = self._restarted_s = 0.0
+        self._done = 0
 
     def __call__(self, elapsed_s: float) -> bool:
         """Do what is due; whether more is to come."""
         if elapsed_s < self._seconds:
-            if elapsed_s > self._every_s * (self._kills + 1):
-                self._kills += 1
-                self._system.kill_one()
-            if elapsed_s > 4 * self._every_s * (self._restarts + 1):
-                self._restarts += 1
-                self._system.restart_postgres()
+            if elapsed_s - self._killed_s > self._every_s and self._system.kill_one():
+                self._killed_s = elapsed_s
+            if elapsed_s - self._restarted_s > 4 * self._every_s and self._system.restart_postgres():
+                self._restarted_s = elapsed_s
         while self._done < len(self._more) and elapsed_s > self._seconds * (self._done + 1) / (len(self._more) + 1):
             name, do = self._more[self._done]
             self._done += 1

@@ -96,9 +96,9 @@ class System:
                     self.happened["kills while a model loads"] += 1
                 self.library.backlog.ended(batch_id, "finished" if code == 0 else "failed", 1.0)
                 del self.workers[batch_id]
-        for batch in self.library.backlog.open_batches():
-            if batch.id not in self.workers:  # made by a tick that broke off; the planner's sensor does so, later
-                self.library.backlog.ended(batch.id, "lost", 1.0)
+        for record in self.library.backlog.open_batches():
+            if record.id not in self.workers:  # made by a tick that broke off; the planner's sensor does so, later
+                self.library.backlog.ended(record.id, "lost", 1.0)
         tick = Planner(self.library, self.groups).tick()
         for batch in tick.batches:
             self.workers[batch.id or 0] = (batch, self._launch(batch))
@@ -114,20 +114,26 @@ class System:
         quiet = subprocess.DEVNULL
         return subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=quiet, stderr=quiet)
 
-    def kill_one(self) -> None:
-        """Kill a worker, if there is one."""
-        if self.workers:
-            self.happened["kills"] += 1
-            os.kill(self.workers[self.rng.choice(list(self.workers))][1].pid, signal.SIGKILL)
+    def kill_one(self) -> bool:
+        """Kill a worker, if there is one; whether there was."""
+        if not self.workers:
+            return False
+        self.happened["kills"] += 1
+        os.kill(self.workers[self.rng.choice(list(self.workers))][1].pid, signal.SIGKILL)
+        return True
 
-    def restart_postgres(self) -> None:
-        """Cut every session of the server, and start it again."""
+    def restart_postgres(self) -> bool:
+        """Cut every session of the server, and start it again; whether it ran."""
+        try:
+            pid = int((self.home / "postgres" / "postmaster.pid").read_text().splitlines()[0])
+        except OSError:
+            return False
         self.happened["restarts of PostgreSQL"] += 1
-        pid = int((self.home / "postgres" / "postmaster.pid").read_text().splitlines()[0])
         os.kill(pid, signal.SIGINT)  # fast shutdown
         while _is_alive(pid):
             time.sleep(0.1)
         self._revive()
+        return True
 
     def _revive(self) -> None:
         """See that the server runs, if it can."""
