@@ -6,10 +6,10 @@ materialization for a new dependency, and the UI shows the item as unsynced for 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dagster import AssetKey, DagsterEventType, DagsterInstance
+from dagster import AssetKey, AssetMaterialization, AssetObservation, DagsterEventType, DagsterInstance
 
 from media_assets.engine import Result
 from media_assets.stage import Stage
@@ -82,3 +82,9 @@ class Provenance:
                 AssetKey(name), DagsterEventType.ASSET_MATERIALIZATION, set(media_ids)
             )
         )
+
+
+def is_told(tags: Mapping[str, str], event: AssetMaterialization | AssetObservation) -> bool:
+    """Whether an earlier event says the same of what was made and from what; which events told of inputs is no part."""
+    known = event.tags or {}
+    return all(known.get(name) == value for name, value in tags.items() if not name.startswith(INPUT_EVENT_TAG))
