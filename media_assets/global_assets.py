@@ -9,6 +9,7 @@ import dagster as dg
 
 from media_assets import schemas
 from media_assets.grouping import LIBRARY
+from media_assets.quality import as_output
 from resources.compute import Needs, op_tags, stated
 from resources.library import Library
 from resources.outcomes import LIVE
@@ -148,7 +149,8 @@ def build_global_assets(settings: Settings) -> list[dg.AssetsDefinition]:
         chosen = [int(key) for key in context.partition_keys] if selected - {"near_duplicates"} else []
         # While this run lives, it may write of items that were there when it began: a purge asks for its lease.
         with library.outcomes.lease(context.run.run_id):
-            yield from rebuild(library, selected, chosen)
+            events = rebuild(library, selected, chosen)
+            yield from map(as_output, events) if context.selected_asset_check_keys else events
 
     return [rebuild_buckets]
 

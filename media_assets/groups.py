@@ -19,7 +19,7 @@ from media_assets.mirror import BucketMirror, Mirror
 from media_assets.partitions import Batch, batch_keys, partition_of, partitions_of
 from media_assets.processor import Processor, processor
 from media_assets.provenance import SOURCE, Provenance
-from media_assets.quality import EXPECTATIONS, ITEMS, Checks
+from media_assets.quality import EXPECTATIONS, ITEMS, Checks, as_output
 from media_assets.remote import served
 from media_assets.stage import MediaItem, Stage
 from media_assets.versions import code_version
@@ -107,7 +107,7 @@ def build_group(group: Group, settings: Settings, models: ModelRegistry) -> dg.A
                         materialize(
                             op, library, selected, batch, device, config.careful, asked.settled, not config.keys
                         )
-                yield from asked.results()
+                yield from map(as_output, asked.results())
 
     return run_group
 

@@ -53,10 +53,11 @@ def _decide(
     """What to launch now, and whether the system is idle: nothing in flight and no item with work left."""
     lost_requests = follow(library, context.instance)
     tick = planner.tick()
-    for line in tick.explanations:
-        context.log.info(line)
     batches = [*lost_requests, *tick.batches]
     if batches:
+        # Of a tick that launches nothing they are the reason why; a log would be a file for every tick.
+        for line in tick.explanations:
+            context.log.info(line)
         # Uploads registered by the command line may not be partitions yet.
         add_partitions(context.instance, library.settings, [key for batch in batches for key in batch.keys])
         return dg.SensorResult(run_requests=[request(batch, library.settings) for batch in batches]), False

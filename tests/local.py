@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,12 +27,15 @@ class Local:
     instance: dg.DagsterInstance
     ids: list[str]
 
-    def run(self, *assets: str, keys: list[str] | None = None) -> dg.ExecuteInProcessResult:
-        """Materialize over all items as a range, or over `keys` by config."""
+    def run(
+        self, *assets: str, keys: list[str] | None = None, checks: Sequence[dg.AssetCheckKey] = ()
+    ) -> dg.ExecuteInProcessResult:
+        """Materialize over all items as a range, or over `keys` by config; with these checks alone."""
         group = build_group(DECODE, self.library.settings, self.library.models)
+        chosen = dg.AssetSelection.assets(*assets).without_checks()
         job = dg.Definitions(
             assets=[group],
-            jobs=[dg.define_asset_job("decode_job", dg.AssetSelection.assets(*assets).without_checks())],
+            jobs=[dg.define_asset_job("decode_job", chosen | dg.AssetSelection.checks(*checks) if checks else chosen)],
             resources={"media": dg.ResourceDefinition(lambda _: self.library)},
         ).resolve_job_def("decode_job")
         config = {"ops": {DECODE.name: {"config": {"keys": keys}}}} if keys else None

@@ -15,6 +15,7 @@ from PIL import Image
 from media_assets import mirror
 from media_assets.frames import Frames
 from media_assets.partitions import add_partitions, partition_of
+from media_assets.quality import ITEMS
 from media_assets.stage import Prepared
 from resources.errors import StorageFailed, Truncated, UpstreamFailed, remedy_of
 from resources.library import Library
@@ -185,6 +186,18 @@ def test_buckets_are_observed_with_their_failed_items(local: Local) -> None:
     assert row.data["what_to_do"] == Truncated.remedy
     buckets.run("media", keys=[broken])
     assert len(buckets.seen(bucket, "media")) == 1
+
+
+def test_a_run_does_not_say_that_its_checks_are_missing(local: Local) -> None:
+    """Given a run that was asked for a check, then the check is evaluated and no line tells of an expected output."""
+    check = dg.AssetCheckKey(dg.AssetKey("media"), ITEMS)
+    result = local.run("media", checks=[check])
+    (evaluation,) = result.get_asset_check_evaluations()
+    assert (evaluation.asset_check_key, evaluation.passed) == (check, False)
+    assert evaluation.target_materialization_data is not None
+    assert evaluation.target_materialization_data.run_id == result.run_id
+    lines = [entry.message for entry in local.instance.all_logs(result.run_id)]
+    assert not [line for line in lines if "expected outputs" in line]
 
 
 def test_every_class_has_its_remedy() -> None:
