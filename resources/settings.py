@@ -214,6 +214,17 @@ class Alerts(_Section):
         return url
 
 
+class Retention(_Section):
+    """How long Dagster's account of the past is kept; that of ticks is set in dagster.yaml."""
+
+    runs_days: float = Field(
+        90.0, ge=0, description="age at which finished runs that nothing shown depends on are deleted, days; 0: never"
+    )
+    logs_days: float = Field(
+        14.0, ge=0, description="age at which captured logs of runs and ticks are deleted, days; 0: never"
+    )
+
+
 class Ray(_Section):
     """The Ray cluster that runs and models may use."""
 
@@ -280,6 +291,7 @@ class Settings(BaseSettings):
     ingestion: Ingestion = Ingestion()
     planner: Planner = Planner()
     alerts: Alerts = Alerts()
+    retention: Retention = Retention()
     compute: Compute = Compute()
     ray: Ray = Ray()
     serving: Serving = Serving()
