@@ -10,6 +10,7 @@ from typing import Any
 import dagster as dg
 
 from media_assets.engine import Result
+from media_assets.provenance import DATA_VERSION_TAG
 from media_assets.stage import Stage
 from resources.errors import printable, remedy_of
 
@@ -48,9 +49,18 @@ def shown(result: Result) -> Shown:
     return pictures | {_label(name): value for name, value in result.facts.items()}
 
 
-def shown_by(materialization: dg.AssetMaterialization | dg.AssetObservation) -> Shown:
-    """The pictures and figures an earlier materialization carries."""
-    return {name: value for name, value in materialization.metadata.items() if name not in _OF_THE_RECORD}
+def carried(result: Result, told: Mapping[str, Shown], before: Last) -> Shown:
+    """What a finished result that was not computed just now shows: what earlier materializations of its version, the
+    item's own or else its twin's, did. `told` are those about to be written, `before` those that are."""
+    for media_id in (result.media_id, result.outcome.copied_from or ""):
+        if told.get(media_id):
+            return told[media_id]
+        _, event = before.get(media_id, (0, None))
+        if event is not None and (event.tags or {}).get(DATA_VERSION_TAG) == result.outcome.version:
+            extra = {name: value for name, value in event.metadata.items() if name not in _OF_THE_RECORD}
+            if extra:
+                return extra
+    return {}
 
 
 def materialization(

@@ -9,7 +9,7 @@ finds the item finished, or by the planner when it closes the batch.
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -18,9 +18,9 @@ from dagster import DagsterEvent, DagsterEventType, EventLogEntry
 from dagster._core.events import AssetObservationData, StepMaterializationData  # Dagster names them nowhere else
 
 from media_assets.engine import How, Result
-from media_assets.events import Last, Shown, last, observation, observation_of_many, shown, shown_by
+from media_assets.events import Last, Shown, carried, last, observation, observation_of_many, shown
 from media_assets.partitions import partition_of
-from media_assets.provenance import CODE_VERSION_TAG, DATA_VERSION_TAG, Provenance, is_told
+from media_assets.provenance import CODE_VERSION_TAG, Provenance, is_told
 from resources.settings import Settings
 
 MOST = 1000
@@ -115,7 +115,7 @@ class Mirror:
             _, event = before.get(result.media_id, (0, None))
             if not self._anew and result.how in (How.REUSED, How.BUSY) and event is not None and is_told(mine, event):
                 continue
-            extra = shown(result) if result.how is How.COMPUTED else _carried(result, told, before)
+            extra = shown(result) if result.how is How.COMPUTED else carried(result, told, before)
             told[result.media_id] = extra
             yield at, self._build(result, mine, extra)
 
@@ -167,19 +167,6 @@ class Mirror:
         )
 
 
-def _carried(result: Result, told: Mapping[str, Shown], before: Last) -> Shown:
-    """What earlier materializations of this version show: the item's own, else its twin's."""
-    for media_id in (result.media_id, result.outcome.copied_from or ""):
-        if told.get(media_id):
-            return told[media_id]
-        _, event = before.get(media_id, (0, None))
-        if event is not None and (event.tags or {}).get(DATA_VERSION_TAG) == result.outcome.version:
-            extra = shown_by(event)
-            if extra:
-                return extra
-    return {}
-
-
 class BucketMirror:
     """Counts the results of one step and writes, at its end, one materialization per asset and bucket, and one
     observation where items failed just now or their bucket was asked for (`anew`)."""
@@ -222,27 +209,3 @@ class BucketMirror:
             )
         for (asset, partition), failed in sorted(self._failed.items()):
             self._context.log_event(observation_of_many(asset, partition, failed))
-
-
-def materialized_in(instance: dg.DagsterInstance, run_id: str) -> set[tuple[str, str]]:
-    """(asset, partition) of every materialization of a run."""
-    found: set[tuple[str, str]] = set()
-    cursor: str | None = None
-    while True:
-        page = instance.get_records_for_run(run_id, cursor, DagsterEventType.ASSET_MATERIALIZATION, limit=1000)
-        for record in page.records:
-            event = record.event_log_entry.get_dagster_event()
-            if event.asset_key is not None and event.partition is not None:
-                found.add((event.asset_key.to_user_string(), event.partition))
-        if not page.has_more:
-            return found
-        cursor = page.cursor
-
-
-def report(instance: dg.DagsterInstance, missing: Iterable[tuple[str, str, Mapping[str, str]]]) -> None:
-    """Report materializations (asset, media ID, tags) whose own run died before it could."""
-    for asset, media_id, tags in missing:
-        metadata = {"note": "finished by a run that died before it could report"}
-        instance.report_runless_asset_event(
-            dg.AssetMaterialization(asset, partition=media_id, metadata=metadata, tags=dict(tags))
-        )
