@@ -106,6 +106,7 @@ class Ingestion(_Section):
     """Where uploads come from. The sensors whose source is not set skip with that reason."""
 
     folders: tuple[str, ...] = Field((), description="folders that folder_sensor watches")
+    follow_links: bool = Field(False, description="whether links within a folder may lead out of it")
     folder_quiet_s: float = Field(4.0, ge=0, description="a file unchanged for this long counts as written, seconds")
     # Not 0: times of files advance in steps of up to 10 ms, and a second change within one would go unseen.
     folder_closed_s: float = Field(
