@@ -435,7 +435,10 @@ def _explain(error: Exception) -> None:
     from resources.errors import MediaError
 
     if isinstance(error, ValidationError):
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        problems = "; ".join(
+            ": ".join(filter(None, (".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, "))))
+            for e in error.errors()
+        )
         _stop(f"The settings are wrong: {problems}. Mend settings.toml or the MEDIA_* variables.", Exit.SETTINGS)
     if isinstance(error, MediaError):
         _stop(str(error), _FAMILIES.get(error.code, Exit.INTERNAL))

@@ -79,7 +79,8 @@ class Work:
         ids: list[str] | None = None
         if paths:
             self._say("looking for media files")
-            found, problems = _split(discover(paths, self.library.settings.s3))
+            settings = self.library.settings
+            found, problems = _split(discover(paths, settings.s3, settings.ingestion.follow_links))
             self.summary.problems = [{"path": _shown(p.path), "reason": p.reason} for p in problems]
             registered = self.library.registry.register(found)
             ids = list(registered.media_ids)

@@ -121,6 +121,6 @@ def _rebuild(context: dg.OpExecutionContext, library: Library) -> Iterator[Any]:
         context.log.info(f"The last rebuild took {seconds:.0f} s: left to a run of its own.")
         return
     try:
-        yield from rebuild(library, SPANNING, range(library.settings.index.buckets))
+        yield from rebuild(library, context.instance, SPANNING, range(library.settings.index.buckets))
     except BucketBusy as busy:
         context.log.info(f"{busy} The planner will see to the next one.")

@@ -11,10 +11,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import suppress
+from typing import Any
 
 import dagster as dg
 
 from jobs.express import EXPRESS_JOB
+from jobs.quiet_sensors import hush
 from resources.compute import ECS_PREFIX, GROUP_TAG, K8S_TAG, KIND_TAG, RAY_TAG
 
 _UNDER_WAY = [
@@ -26,7 +28,15 @@ _UNDER_WAY = [
 _LAUNCHERS = (GROUP_TAG, KIND_TAG, ECS_PREFIX, K8S_TAG)
 
 
-class DirectRunCoordinator(dg.QueuedRunCoordinator):
+class _QuietRunCoordinator(dg.QueuedRunCoordinator):
+    """Dagster's own queue. The daemon, which has no setting for what it logs, loads it before its first tick."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        hush()
+
+
+class DirectRunCoordinator(_QuietRunCoordinator):
     """Queues runs, but for an express run that nothing could hold back: no other run, and no limit of 0 or by tag."""
 
     def submit_run(self, context: dg.SubmitRunContext) -> dg.DagsterRun:
@@ -52,7 +62,7 @@ class DirectRunCoordinator(dg.QueuedRunCoordinator):
         )
 
 
-class NeedsRunCoordinator(dg.QueuedRunCoordinator):
+class NeedsRunCoordinator(_QuietRunCoordinator):
     """Queues a run with the tags of its most demanding step, unless it has them already."""
 
     def submit_run(self, context: dg.SubmitRunContext) -> dg.DagsterRun:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from media_assets.stage import Inputs
 from resources.decoding.client import Decoded, decoder
 from resources.decoding.sources import Source, localize
+from resources.registry import confinement
 from resources.settings import Settings
 
 PARTS = frozenset({"frames", "audio"})
@@ -16,7 +17,8 @@ def source(inputs: Inputs, settings: Settings) -> Source:
     """The item's file or object; a copy of an object is made once per item and removed with the item."""
     item, limits = inputs.item, settings.limits
     keep = bool(inputs.selected & PARTS)
-    return inputs.once("source", lambda: localize(item.uri, limits.max_bytes, settings.s3, item.etag, keep))
+    within = confinement(item.uri, settings.ingestion)
+    return inputs.once("source", lambda: localize(item.uri, limits.max_bytes, settings.s3, item.etag, keep, within))
 
 
 def decoded(inputs: Inputs, settings: Settings, part: str) -> Decoded:

@@ -23,6 +23,7 @@ from resources.library import Library  # noqa: E402
 from sensors.alerts import build_alert_sensor  # noqa: E402
 from sensors.folder import build_folder_sensor  # noqa: E402
 from sensors.planner import build_planner_sensor  # noqa: E402
+from sensors.retention import build_retention_sensor  # noqa: E402
 from sensors.s3_events import build_s3_event_sensor  # noqa: E402
 from sensors.s3_inventory import build_s3_inventory_sensor  # noqa: E402
 
@@ -55,6 +56,7 @@ def build(library: Library) -> dg.Definitions:
             build_s3_event_sensor(settings),
             build_s3_inventory_sensor(settings),
             build_planner_sensor(settings, jobs),
+            build_retention_sensor(settings),
         ],
         resources={"media": dg.ResourceDefinition(lambda _: library)},
         executor=executor(settings),

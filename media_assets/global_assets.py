@@ -9,6 +9,8 @@ import dagster as dg
 
 from media_assets import schemas
 from media_assets.grouping import LIBRARY
+from media_assets.provenance import LibraryProvenance
+from media_assets.quality import as_output
 from resources.compute import Needs, op_tags, stated
 from resources.library import Library
 from resources.outcomes import LIVE
@@ -21,7 +23,14 @@ REBUILT_MARK = "rebuilt_mark"
 REBUILD_SECONDS = "rebuild_seconds"
 REBUILD_LOCK = -2
 """Advisory lock of whoever rebuilds; folders of buckets are locked besides, against other databases."""
-SPANNING = frozenset({"catalog", "index_shard", "near_duplicates"})
+REBUILD = "rebuild"
+"""The job of whoever wants the library up to date; other jobs materialize what somebody asked for."""
+INPUTS = {
+    "catalog": tuple(schemas.PER_MEDIA),
+    "index_shard": ("embeddings",),
+    "near_duplicates": ("media", "frames", "embeddings", "audio", "index_shard"),
+}
+SPANNING = frozenset(INPUTS)
 
 
 def live_versions(library: Library) -> dict[str, dict[str, str]]:
@@ -105,7 +114,7 @@ def build_global_assets(settings: Settings) -> list[dg.AssetsDefinition]:
         specs=[
             dg.AssetSpec(
                 "catalog",
-                deps=list(schemas.PER_MEDIA),
+                deps=list(INPUTS["catalog"]),
                 skippable=True,
                 group_name=LIBRARY,
                 kinds={"parquet", "duckdb"},
@@ -115,7 +124,7 @@ def build_global_assets(settings: Settings) -> list[dg.AssetsDefinition]:
             ),
             dg.AssetSpec(
                 "index_shard",
-                deps=["embeddings"],
+                deps=list(INPUTS["index_shard"]),
                 skippable=True,
                 group_name=LIBRARY,
                 kinds={"faiss"},
@@ -125,7 +134,7 @@ def build_global_assets(settings: Settings) -> list[dg.AssetsDefinition]:
             ),
             dg.AssetSpec(
                 "near_duplicates",
-                deps=["media", "frames", "embeddings", "audio", "index_shard"],
+                deps=list(INPUTS["near_duplicates"]),
                 skippable=True,
                 group_name=LIBRARY,
                 kinds={"parquet"},
@@ -148,13 +157,24 @@ def build_global_assets(settings: Settings) -> list[dg.AssetsDefinition]:
         chosen = [int(key) for key in context.partition_keys] if selected - {"near_duplicates"} else []
         # While this run lives, it may write of items that were there when it began: a purge asks for its lease.
         with library.outcomes.lease(context.run.run_id):
-            yield from rebuild(library, selected, chosen)
+            anew = context.job_name != REBUILD
+            events = rebuild(library, context.instance, selected, chosen, anew)
+            yield from map(as_output, events) if context.selected_asset_check_keys else events
 
     return [rebuild_buckets]
 
 
-def rebuild(library: Library, selected: Set[str], chosen: Sequence[int]) -> Iterator[Any]:
-    """Make the `selected` spanning assets anew, of the buckets `chosen`; yields their events. Raises BucketBusy."""
+def rebuild(
+    library: Library,
+    instance: dg.DagsterInstance,
+    selected: Set[str],
+    chosen: Sequence[int],
+    anew: bool = False,
+) -> Iterator[Any]:
+    """Make the `selected` spanning assets anew, of the buckets `chosen`; yields their events. Raises BucketBusy.
+
+    A bucket in which nothing changed has an event only with `anew`: a backfill counts what its runs say.
+    """
     from media_assets.buckets import BucketBusy
 
     start = time.monotonic()
@@ -164,14 +184,17 @@ def rebuild(library: Library, selected: Set[str], chosen: Sequence[int]) -> Iter
         mark = library.outcomes.library_mark()
         versions, digest = read_live(library)
         live = by_bucket(versions, library.settings.index.buckets)
+        read = {name for asset in selected for name in INPUTS[asset]} - SPANNING
+        provenance = LibraryProvenance(instance, sorted(read), digest)
         if "catalog" in selected:
-            yield from _catalog(library, {bucket: live[bucket] for bucket in chosen})
+            yield from _catalog(library, {bucket: live[bucket] for bucket in chosen}, provenance, anew)
         if "index_shard" in selected:
             recalls: dict[str, float] = {}
-            yield from _index(library, {bucket: live[bucket]["embeddings"] for bucket in chosen}, recalls)
+            vectors = {bucket: live[bucket]["embeddings"] for bucket in chosen}
+            yield from _index(library, vectors, recalls, provenance, anew)
             yield _recall_check(recalls, library.settings.index.min_recall)
         if "near_duplicates" in selected:
-            yield _near_duplicates(library, versions)
+            yield _near_duplicates(library, versions, provenance)
         if selected == SPANNING and set(chosen) == set(live):
             library.store.write_bytes(library.store.root / REBUILT, digest.encode())
             library.remember(REBUILT_MARK, mark)
@@ -184,8 +207,20 @@ def rebuild_seconds(library: Library) -> float | None:
     return None if told is None else float(told)
 
 
+def _digest_of(versions: Mapping[str, Mapping[str, str]], assets: Iterable[str]) -> str:
+    """Digest of the items and versions of these assets."""
+    digest = hashlib.blake2b(digest_size=16)
+    for asset in sorted(assets):
+        for media_id, version in sorted(versions.get(asset, {}).items()):
+            digest.update(f"{asset}\t{media_id}\t{version}\n".encode())
+    return digest.hexdigest()
+
+
 def _catalog(
-    library: Library, live: Mapping[int, Mapping[str, Mapping[str, str]]]
+    library: Library,
+    live: Mapping[int, Mapping[str, Mapping[str, str]]],
+    provenance: LibraryProvenance,
+    anew: bool,
 ) -> Iterator[dg.AssetMaterialization]:
     from media_assets.buckets import Buckets, key
     from media_assets.catalog import compact
@@ -193,12 +228,15 @@ def _catalog(
     Buckets(library.store, library.settings.index.buckets)
     for bucket, assets in live.items():
         report = compact(library.store, bucket, assets)
-        if all(part.unchanged for part in report.assets.values()):
+        is_changed = not all(part.unchanged for part in report.assets.values())
+        if not (is_changed or anew):
             continue
         yield dg.AssetMaterialization(
             "catalog",
             partition=key(bucket),
+            tags=provenance.tags(_digest_of(assets, INPUTS["catalog"]), INPUTS["catalog"]),
             metadata={
+                "changed": is_changed,
                 "dagster/row_count": sum(part.rows for part in report.assets.values()),
                 "bytes": sum(part.bytes for part in report.assets.values()),
                 "items": max((part.items for part in report.assets.values()), default=0),
@@ -208,7 +246,11 @@ def _catalog(
 
 
 def _index(
-    library: Library, live: Mapping[int, Mapping[str, str]], recalls: dict[str, float]
+    library: Library,
+    live: Mapping[int, Mapping[str, str]],
+    recalls: dict[str, float],
+    provenance: LibraryProvenance,
+    anew: bool,
 ) -> Iterator[dg.AssetMaterialization]:
     from media_assets.buckets import Buckets, key
     from media_assets.index_shard import build
@@ -219,9 +261,9 @@ def _index(
         report = build(library.store, bucket, versions, library.settings.index.min_recall, champion)
         for name, space in report.spaces.items():
             recalls[f"{key(bucket)} {name}"] = space.recall
-        if not report.swapped:
+        if not (report.swapped or anew):
             continue
-        metadata: dict[str, Any] = {"build": report.build}
+        metadata: dict[str, Any] = {"changed": report.swapped, "build": report.build}
         for name, space in report.spaces.items():
             metadata |= {
                 f"{name} vectors": space.vectors,
@@ -230,7 +272,8 @@ def _index(
                 f"{name} model": space.model,
                 f"{name} stale items": len(space.stale_items),
             }
-        yield dg.AssetMaterialization("index_shard", partition=key(bucket), metadata=metadata)
+        tags = provenance.tags(report.build, INPUTS["index_shard"])
+        yield dg.AssetMaterialization("index_shard", partition=key(bucket), metadata=metadata, tags=tags)
 
 
 def _recall_check(recalls: Mapping[str, float], floor: float) -> dg.AssetCheckEvaluation:
@@ -243,11 +286,14 @@ def _recall_check(recalls: Mapping[str, float], floor: float) -> dg.AssetCheckEv
     )
 
 
-def _near_duplicates(library: Library, live: Mapping[str, Mapping[str, str]]) -> dg.AssetMaterialization:
+def _near_duplicates(
+    library: Library, live: Mapping[str, Mapping[str, str]], provenance: LibraryProvenance
+) -> dg.AssetMaterialization:
     table = find_duplicates(library, live)
     methods = table.column("method").to_pylist()
     return dg.AssetMaterialization(
         "near_duplicates",
+        tags=provenance.tags(_digest_of(live, INPUTS["near_duplicates"]), INPUTS["near_duplicates"]),
         metadata={
             "dagster/row_count": table.num_rows,
             "groups": len(set(table.column("group_id").to_pylist())),

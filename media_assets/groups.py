@@ -1,25 +1,25 @@
 """The Dagster assets of the groups of stages: each group is one multi-asset.
 
-A group's step writes an `AssetMaterialization` per finished item and then succeeds: bad items are simply
-not materialized, so a backfill shows exactly those as failed, and its neighbours are not lost.
+A group's step writes an `AssetMaterialization` per finished item and then succeeds: bad items are not materialized
+but observed, with their error, so a backfill shows exactly those as failed, and its neighbours are not lost.
 """
 
-import base64
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import dagster as dg
 
 from media_assets.checker import checker, warm_for_step
-from media_assets.engine import BatchEngine, How, Progress, Result
+from media_assets.engine import BatchEngine, How, Progress
+from media_assets.events import materialization
 from media_assets.grouping import Group
 from media_assets.mirror import BucketMirror, Mirror
 from media_assets.partitions import Batch, batch_keys, partition_of, partitions_of
 from media_assets.processor import Processor, processor
 from media_assets.provenance import SOURCE, Provenance
-from media_assets.quality import EXPECTATIONS, ITEMS, Checks
+from media_assets.quality import EXPECTATIONS, ITEMS, Checks, as_output
 from media_assets.remote import served
 from media_assets.stage import MediaItem, Stage
 from media_assets.versions import code_version
@@ -103,8 +103,11 @@ def build_group(group: Group, settings: Settings, models: ModelRegistry) -> dg.A
                 if selected:
                     with processor(group.needs, library, context.log.info) as device:
                         op = context.op_execution_context
-                        materialize(op, library, selected, batch, device, config.careful, asked.settled)
-                yield from asked.results()
+                        # Partitions that were asked for are told of: a backfill counts what its runs say.
+                        materialize(
+                            op, library, selected, batch, device, config.careful, asked.settled, not config.keys
+                        )
+                yield from map(as_output, asked.results())
 
     return run_group
 
@@ -117,10 +120,12 @@ def materialize(
     device: Processor,
     careful: bool = False,
     settled: Callable[[str], None] | None = None,
+    anew: bool = False,
 ) -> None:
-    """Settle `stages` of every item of the batch, in the step of `context`, and mirror what is finished.
+    """Settle `stages` of every item of the batch, in the step of `context`, and mirror how they ended.
 
-    `settled` is told the asset whenever one item's is.
+    `settled` is told the asset whenever one item's is. With `anew` Dagster is told of every item, also of one about
+    which nothing is new.
     """
     settings = one_at_a_time(library.settings) if careful else library.settings
     engine = BatchEngine(
@@ -134,18 +139,20 @@ def materialize(
             context,
             list(by_name),
             Provenance(context.instance, library.outcomes, stages, media_ids),
-            lambda result, tags: _materialization(result, by_name[result.asset], library, tags),
+            lambda result, tags, extra: materialization(
+                result, by_name[result.asset], str(library.store.path(result.asset, result.media_id)), tags, extra
+            ),
+            anew,
         )
     else:
-        mirror = BucketMirror(context, settings, {stage.name: code_version(stage) for stage in stages})
+        mirror = BucketMirror(context, settings, {stage.name: code_version(stage) for stage in stages}, anew)
     known = Counter(library.models.loads)
     try:
         for result in engine.run(batch, context.run.run_id, _reporter(context, library)):
             if settled is not None:
                 settled(result.asset)
-            if result.done:
-                mirror.add(result)
-            elif result.how in (How.COMPUTED, How.HELD):
+            mirror.add(result)
+            if not result.done and result.how in (How.COMPUTED, How.HELD):
                 record = result.outcome
                 context.log.warning(
                     f"{result.asset} of {result.media_id}: {record.status} after {record.attempts} attempt(s),"
@@ -219,44 +226,3 @@ def _check_specs(asset: str) -> list[dg.AssetCheckSpec]:
         dg.AssetCheckSpec(ITEMS, asset=asset, description="Every item of the batch ended in a success."),
         dg.AssetCheckSpec(EXPECTATIONS, asset=asset, description="Great Expectations over the batch's rows."),
     ]
-
-
-def _materialization(
-    result: Result, stage: Stage[Any, Any], library: Library, tags: Mapping[str, str]
-) -> dg.AssetMaterialization:
-    record = result.outcome
-    # Pictures first: they are what people look for in the list.
-    metadata: dict[str, Any] = {
-        f"picture: {_label(name)}": dg.MetadataValue.md(_data_uri(_label(name), picture))
-        for name, picture in result.previews.items()
-    }
-    metadata |= {
-        "status": str(record.status),
-        "how": str(result.how),
-        "dagster/row_count": record.rows or 0,
-        "seconds": round(record.seconds or 0.0, 3),
-        "device": record.device or "cpu",
-        "bytes": record.bytes_out or 0,
-        "version": record.version,
-        "path": dg.MetadataValue.path(str(library.store.path(result.asset, result.media_id))),
-        **{_label(name): value for name, value in result.facts.items()},
-    }
-    if record.model:
-        metadata["model"] = record.model
-        metadata["model digest"] = ", ".join(spec.digest for spec in stage.specs())
-    if record.copied_from:
-        metadata["copied from"] = record.copied_from
-    if record.error:
-        metadata["note"] = record.error
-    return dg.AssetMaterialization(
-        asset_key=result.asset, partition=result.media_id, metadata=metadata, tags=dict(tags)
-    )
-
-
-def _label(name: str) -> str:
-    return name.removesuffix(".png").replace("_", " ")
-
-
-def _data_uri(name: str, picture: bytes) -> str:
-    kind = "png" if picture.startswith(b"\x89PNG") else "jpeg"
-    return f"![{name}](data:image/{kind};base64,{base64.b64encode(picture).decode()})"

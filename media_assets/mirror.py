@@ -1,6 +1,6 @@
-"""Materializations written to Dagster many at a time: the outcome records are the truth, Dagster mirrors them.
+"""Events of items written to Dagster many at a time: the outcome records are the truth, Dagster mirrors them.
 
-A step that yields an `AssetMaterialization` per item pays several round trips and commits for each. Dagster's
+A step that yields an event per item pays several round trips and commits for each. Dagster's
 event storage can store many of one asset at once, but offers no way to yield them so; hence events are built
 here and handed to the storage itself. What is not mirrored when a process dies is mirrored by the run that
 finds the item finished, or by the planner when it closes the batch.
@@ -9,16 +9,18 @@ finds the item finished, or by the planner when it closes the batch.
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import dagster as dg
 from dagster import DagsterEvent, DagsterEventType, EventLogEntry
-from dagster._core.events import StepMaterializationData  # Dagster names it nowhere else
+from dagster._core.events import AssetObservationData, StepMaterializationData  # Dagster names them nowhere else
 
-from media_assets.engine import Result
+from media_assets.engine import How, Result
+from media_assets.events import Last, Shown, carried, last, observation, observation_of_many, shown
 from media_assets.partitions import partition_of
-from media_assets.provenance import CODE_VERSION_TAG, Provenance
+from media_assets.provenance import CODE_VERSION_TAG, Provenance, is_told
 from resources.settings import Settings
 
 MOST = 1000
@@ -26,17 +28,29 @@ MOST = 1000
 LONGEST_S = 2.0
 """Time after which what there is is written, seconds."""
 
-Build = Callable[[Result, Mapping[str, str]], dg.AssetMaterialization]
+Build = Callable[[Result, Mapping[str, str], Shown], dg.AssetMaterialization]
+FAILED = frozenset({How.COMPUTED, How.HELD, How.BLOCKED})
+"""How an item's asset comes to a failure that is told; one that is merely in another run's hands is not."""
+_Kept = Sequence[tuple[float, Result]]
 
 
 class Mirror:
-    """Collects the finished results of one step and writes them, inputs before what was made from them.
+    """Collects the results of one step and writes them, inputs before what was made from them.
+
+    What was made is a materialization, what failed an observation. A finished item that was met again shows the
+    pictures and figures that its last materialization showed, a copied one those of its twin. Where nothing about an
+    item is new, nothing is written, unless its partition was asked for (`anew`): a backfill counts what it was told.
 
     A thread of its own writes, one lot at a time: the caller has the step's work to hand out meanwhile.
     """
 
     def __init__(
-        self, context: dg.OpExecutionContext, order: Sequence[str], provenance: Provenance, build: Build
+        self,
+        context: dg.OpExecutionContext,
+        order: Sequence[str],
+        provenance: Provenance,
+        build: Build,
+        anew: bool = False,
     ) -> None:
         self._instance = context.instance
         self._run_id = context.run.run_id
@@ -45,17 +59,19 @@ class Mirror:
         self._order = tuple(order)
         self._provenance = provenance
         self._build = build
+        self._anew = anew
         self._kept: list[tuple[float, Result]] = []
         self._since = time.monotonic()
         self._writer = ThreadPoolExecutor(1, "mirror")
         self._writing: Future[None] | None = None
 
     def add(self, result: Result) -> None:
-        """Keep a finished result; has them written when there are many or it has been a while.
+        """Keep a result; has them written when there are many or it has been a while.
 
         Raises what the lot before ended with.
         """
-        self._kept.append((time.time(), result))
+        if result.done or result.how in FAILED:
+            self._kept.append((time.time(), result))
         if len(self._kept) >= MOST or time.monotonic() - self._since >= LONGEST_S:
             self._flush()
 
@@ -76,21 +92,67 @@ class Mirror:
         if writing is not None:
             writing.result()
 
-    def _write(self, kept: Sequence[tuple[float, Result]]) -> None:
+    def _write(self, kept: _Kept) -> None:
         for asset in self._order:
             chosen = [(at, result) for at, result in kept if result.asset == asset]
-            if chosen:
-                tags = self._provenance.tags([result for _, result in chosen])
-                made = [(at, self._build(result, tags[result.media_id])) for at, result in chosen]
-                self._instance.event_log_storage.store_event_batch([self._entry(at, m) for at, m in made])
+            self._store([self._made(at, made) for at, made in self._materializations(asset, chosen)])
+            self._store([self._observed(at, seen) for at, seen in self._observations(asset, chosen)])
 
-    def _entry(self, at: float, materialization: dg.AssetMaterialization) -> EventLogEntry:
+    def _store(self, entries: Sequence[EventLogEntry]) -> None:
+        if entries:
+            self._instance.event_log_storage.store_event_batch(entries)
+
+    def _materializations(self, asset: str, kept: _Kept) -> Iterator[tuple[float, dg.AssetMaterialization]]:
+        """Of the finished results among `kept`, which are in the order in which they were made."""
+        done = [(at, result) for at, result in kept if result.done]
+        if not done:
+            return
+        tags = self._provenance.tags([result for _, result in done])
+        before = self._before(asset, DagsterEventType.ASSET_MATERIALIZATION, [result for _, result in done])
+        told: dict[str, Shown] = {}
+        for at, result in done:
+            mine = tags[result.media_id]
+            _, event = before.get(result.media_id, (0, None))
+            if not self._anew and result.how in (How.REUSED, How.BUSY) and event is not None and is_told(mine, event):
+                continue
+            extra = shown(result) if result.how is How.COMPUTED else carried(result, told, before)
+            told[result.media_id] = extra
+            yield at, self._build(result, mine, extra)
+
+    def _observations(self, asset: str, kept: _Kept) -> Iterator[tuple[float, dg.AssetObservation]]:
+        """Of the failed results among `kept`."""
+        failed = [(at, result) for at, result in kept if not result.done]
+        again = [] if self._anew else [result for _, result in failed]
+        before = self._before(asset, DagsterEventType.ASSET_OBSERVATION, again)
+        made = self._before(asset, DagsterEventType.ASSET_MATERIALIZATION, [r for r in again if r.media_id in before])
+        for at, result in failed:
+            seen = observation(result)
+            number, event = before.get(result.media_id, (0, None))
+            is_last = number > made.get(result.media_id, (0, None))[0]
+            if result.how is How.COMPUTED or not is_last or event is None or event.metadata != seen.metadata:
+                yield at, seen
+
+    def _before(self, asset: str, kind: DagsterEventType, results: Sequence[Result]) -> Last:
+        """The last events of what was not computed just now, and of its twins."""
+        others = [result for result in results if result.how is not How.COMPUTED]
+        twins = {result.outcome.copied_from for result in others if result.outcome.copied_from}
+        return last(self._instance, asset, kind, twins | {result.media_id for result in others})
+
+    def _made(self, at: float, made: dg.AssetMaterialization) -> EventLogEntry:
+        told = f"Materialized {made.asset_key.to_user_string()} of {made.partition}."
+        return self._entry(at, DagsterEventType.ASSET_MATERIALIZATION, StepMaterializationData(made), told)
+
+    def _observed(self, at: float, seen: dg.AssetObservation) -> EventLogEntry:
+        told = f"{seen.asset_key.to_user_string()} of {seen.partition}: {seen.description}"
+        return self._entry(at, DagsterEventType.ASSET_OBSERVATION, AssetObservationData(seen), told)
+
+    def _entry(self, at: float, kind: DagsterEventType, data: Any, message: str) -> EventLogEntry:
         event = DagsterEvent(
-            event_type_value=DagsterEventType.ASSET_MATERIALIZATION.value,
+            event_type_value=kind.value,
             job_name=self._job,
             step_key=self._step,
-            event_specific_data=StepMaterializationData(materialization),
-            message=f"Materialized {materialization.asset_key.to_user_string()} of {materialization.partition}.",
+            event_specific_data=data,
+            message=message,
             pid=os.getpid(),
         )
         return EventLogEntry(  # type: ignore[no-untyped-call]
@@ -106,23 +168,36 @@ class Mirror:
 
 
 class BucketMirror:
-    """Counts the finished results of one step and writes one materialization per asset and bucket at its end."""
+    """Counts the results of one step and writes, at its end, one materialization per asset and bucket, and one
+    observation where items failed just now or their bucket was asked for (`anew`)."""
 
-    def __init__(self, context: dg.OpExecutionContext, settings: Settings, code_versions: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        context: dg.OpExecutionContext,
+        settings: Settings,
+        code_versions: Mapping[str, str],
+        anew: bool = False,
+    ) -> None:
         self._context = context
         self._settings = settings
         self._code_versions = code_versions
+        self._anew = anew
         self._sums: dict[tuple[str, str], Counter[str]] = {}
+        self._failed: dict[tuple[str, str], list[Result]] = {}
 
     def add(self, result: Result) -> None:
-        """Count a finished result."""
-        partition = partition_of(result.media_id, self._settings)
-        sums = self._sums.setdefault((result.asset, partition), Counter())
+        """Count a finished result, or keep a failed one."""
+        key = result.asset, partition_of(result.media_id, self._settings)
+        if not result.done:
+            if result.how is How.COMPUTED or (self._anew and result.how in FAILED):
+                self._failed.setdefault(key, []).append(result)
+            return
+        sums = self._sums.setdefault(key, Counter())
         sums.update({"items": 1, str(result.how): 1, "dagster/row_count": result.outcome.rows or 0})
         sums["milliseconds"] += round(1000 * (result.outcome.seconds or 0))
 
     def close(self) -> None:
-        """Write the sums."""
+        """Write the sums and the failures."""
         for (asset, partition), sums in sorted(self._sums.items()):
             self._context.log_event(
                 dg.AssetMaterialization(
@@ -132,27 +207,5 @@ class BucketMirror:
                     tags={CODE_VERSION_TAG: self._code_versions[asset]},
                 )
             )
-
-
-def materialized_in(instance: dg.DagsterInstance, run_id: str) -> set[tuple[str, str]]:
-    """(asset, partition) of every materialization of a run."""
-    found: set[tuple[str, str]] = set()
-    cursor: str | None = None
-    while True:
-        page = instance.get_records_for_run(run_id, cursor, DagsterEventType.ASSET_MATERIALIZATION, limit=1000)
-        for record in page.records:
-            event = record.event_log_entry.get_dagster_event()
-            if event.asset_key is not None and event.partition is not None:
-                found.add((event.asset_key.to_user_string(), event.partition))
-        if not page.has_more:
-            return found
-        cursor = page.cursor
-
-
-def report(instance: dg.DagsterInstance, missing: Iterable[tuple[str, str, Mapping[str, str]]]) -> None:
-    """Report materializations (asset, media ID, tags) whose own run died before it could."""
-    for asset, media_id, tags in missing:
-        metadata = {"note": "finished by a run that died before it could report"}
-        instance.report_runless_asset_event(
-            dg.AssetMaterialization(asset, partition=media_id, metadata=metadata, tags=dict(tags))
-        )
+        for (asset, partition), failed in sorted(self._failed.items()):
+            self._context.log_event(observation_of_many(asset, partition, failed))

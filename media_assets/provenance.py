@@ -6,10 +6,10 @@ materialization for a new dependency, and the UI shows the item as unsynced for 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from dagster import AssetKey, DagsterEventType, DagsterInstance
+from dagster import AssetKey, AssetMaterialization, AssetObservation, DagsterEventType, DagsterInstance
 
 from media_assets.engine import Result
 from media_assets.stage import Stage
@@ -23,6 +23,7 @@ INPUT_DATA_VERSION_TAG = "dagster/input_data_version"
 INPUT_EVENT_TAG = "dagster/input_event_pointer"
 _NO_EVENT = "NULL"
 _INITIAL_VERSION = "INITIAL"  # what Dagster takes for the version of an external asset
+_NO_CODE_VERSION = "none"  # without any, Dagster does not believe the other tags
 SOURCE = "uploads"
 
 
@@ -62,17 +63,11 @@ class Provenance:
         media_id = result.media_id
         tags = {DATA_VERSION_TAG: result.outcome.version, CODE_VERSION_TAG: code_version(stage)}
         if not stage.inputs:
-            tags |= self._input(SOURCE, _INITIAL_VERSION, None)
+            tags |= _input(SOURCE, _INITIAL_VERSION, None)
         for name in stage.inputs:
-            tags |= self._input(name, self._versions[media_id, name], self._events[name].get(media_id))
+            tags |= _input(name, self._versions.get((media_id, name), ""), self._events[name].get(media_id))
         self._versions[media_id, stage.name] = result.outcome.version
         return tags
-
-    def _input(self, name: str, version: str, event: int | None) -> dict[str, str]:
-        return {
-            f"{INPUT_DATA_VERSION_TAG}/{name}": version,
-            f"{INPUT_EVENT_TAG}/{name}": _NO_EVENT if event is None else str(event),
-        }
 
     def _latest(self, name: str, media_ids: Sequence[str]) -> dict[str, int]:
         if not media_ids:
@@ -82,3 +77,42 @@ class Provenance:
                 AssetKey(name), DagsterEventType.ASSET_MATERIALIZATION, set(media_ids)
             )
         )
+
+
+def is_told(tags: Mapping[str, str], event: AssetMaterialization | AssetObservation) -> bool:
+    """Whether an earlier event says the same of what was made and from what; which events told of inputs is no part."""
+    known = event.tags or {}
+    return all(known.get(name) == value for name, value in tags.items() if not name.startswith(INPUT_EVENT_TAG))
+
+
+class LibraryProvenance:
+    """Tags for materializations of assets made from many partitions of their inputs: what is told of those later, with
+    another version, is new to them.
+
+    Made right after the records were read, which are `digest`; what an item's run tells of it only then counts as new
+    as well, until the next rebuild.
+    """
+
+    def __init__(self, instance: DagsterInstance, inputs: Iterable[str], digest: str) -> None:
+        self._instance = instance
+        self._digest = digest
+        self._events = {name: self._latest(name) for name in inputs}
+
+    def tags(self, version: str, inputs: Iterable[str]) -> dict[str, str]:
+        """Tags of a materialization of `version`; an input that was not named at first was made just now."""
+        tags = {DATA_VERSION_TAG: version, CODE_VERSION_TAG: _NO_CODE_VERSION}
+        for name in inputs:
+            event = self._events[name] if name in self._events else self._latest(name)
+            tags |= _input(name, self._digest, event)
+        return tags
+
+    def _latest(self, name: str) -> int | None:
+        records = self._instance.fetch_materializations(AssetKey(name), limit=1).records
+        return records[0].storage_id if records else None
+
+
+def _input(name: str, version: str, event: int | None) -> dict[str, str]:
+    return {
+        f"{INPUT_DATA_VERSION_TAG}/{name}": version,
+        f"{INPUT_EVENT_TAG}/{name}": _NO_EVENT if event is None else str(event),
+    }

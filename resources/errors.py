@@ -147,6 +147,17 @@ class Internal(MediaError):
     code, retryable = "internal", True
 
 
+def remedy_of(error_class: str) -> str:
+    """What a person can do about failures of a class; what there is to do about a defect where the class is unknown."""
+    waiting: list[type[MediaError]] = [MediaError]
+    while waiting:
+        kind = waiting.pop()
+        if kind.code == error_class:
+            return kind.remedy
+        waiting += kind.__subclasses__()
+    return MediaError.remedy
+
+
 class NotApplicable(Exception):
     """Raised by a stage's prepare: the asset has no meaning for this item (a transcript of a photo).
 

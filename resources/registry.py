@@ -22,7 +22,7 @@ from resources.errors import MediaError
 from resources.files import version_of
 from resources.object_store import SCHEME, Listed, find_object, is_s3, list_all, split
 from resources.records import removals, uploads
-from resources.settings import S3
+from resources.settings import S3, Ingestion
 
 CHANGES = "media_uploads"
 """Channel of the database on which commits that registered or removed something are told."""
@@ -138,10 +138,16 @@ def local_path(uri: str) -> str | None:
     return None if "://" in uri else uri
 
 
-def discover(paths: Sequence[str | Path], s3: S3 | None = None) -> Iterator[Upload | Problem]:
+LEADS_OUT = "a link that leads out of the folder is not followed; set ingestion.follow_links if that is meant"
+
+
+def discover(
+    paths: Sequence[str | Path], s3: S3 | None = None, follow_links: bool = False
+) -> Iterator[Upload | Problem]:
     """Files below `paths`, sorted; hidden files are left out, symlink loops end, nothing raises.
 
-    `s3://bucket/name` is the object of that name, or else the folder: every key below `name/`.
+    `s3://bucket/name` is the object of that name, or else the folder: every key below `name/`. `follow_links` is that
+    of `walk`.
     """
     seen: set[tuple[int, int]] = set()
     for path in paths:
@@ -149,22 +155,30 @@ def discover(paths: Sequence[str | Path], s3: S3 | None = None) -> Iterator[Uplo
         if "://" in text and not text.startswith(_FILE_SCHEME):
             yield from _discover_s3(text, s3 or S3()) if is_s3(text) else _discover_remote(text)
         else:
-            for found in walk([os.path.abspath(local_path(text) or text)], seen):
+            for found in walk([os.path.abspath(local_path(text) or text)], seen, follow_links):
                 yield found.upload() if isinstance(found, LocalFile) else found
 
 
-def walk(paths: Sequence[str], seen: set[tuple[int, int]] | None = None) -> Iterator[LocalFile | Problem]:
+def walk(
+    paths: Sequence[str], seen: set[tuple[int, int]] | None = None, follow_links: bool = False
+) -> Iterator[LocalFile | Problem]:
     """Regular files at and below absolute local `paths`, in the order of their names; nothing raises.
 
     Hidden entries below them are left out. A folder reached twice, through a link, is listed once: `seen`
-    holds device and inode of those listed so far.
+    holds device and inode of those listed so far. A path of `paths` may be a link itself; of links below it, one that
+    leads out of it is a Problem, unless `follow_links`.
     """
     listed = set() if seen is None else seen
-    waiting = list(reversed(paths))
+    waiting = [(path, path) for path in reversed(paths)]
     while waiting:
-        path = waiting.pop()
+        path, root = waiting.pop()
         try:
-            info = os.stat(path)
+            info = os.lstat(path)
+            if stat.S_ISLNK(info.st_mode):
+                info = os.stat(path)
+                if not follow_links and path != root and not leads_into(path, root):
+                    yield Problem(path, LEADS_OUT)
+                    continue
             if stat.S_ISREG(info.st_mode):
                 yield LocalFile(path, info)
             elif not stat.S_ISDIR(info.st_mode):
@@ -172,9 +186,25 @@ def walk(paths: Sequence[str], seen: set[tuple[int, int]] | None = None) -> Iter
             elif (info.st_dev, info.st_ino) not in listed:
                 listed.add((info.st_dev, info.st_ino))
                 names = [name for name in os.listdir(path) if not name.startswith(".")]
-                waiting.extend(os.path.join(path, name) for name in sorted(names, reverse=True))
+                waiting.extend((os.path.join(path, name), root) for name in sorted(names, reverse=True))
         except OSError as error:
             yield Problem(path, error.strerror or str(error))
+
+
+def leads_into(path: str, folder: str) -> bool:
+    """Whether `path`, links followed, is `folder` or below it."""
+    real, root = os.path.realpath(path), os.path.realpath(folder)
+    return real == root or real.startswith(root.rstrip("/") + "/")
+
+
+def confinement(uri: str, ingestion: Ingestion) -> str | None:
+    """The watched folder that the local file `uri` must not lead out of, or None where it may lead anywhere."""
+    path = local_path(uri)
+    if path is None or ingestion.follow_links:
+        return None
+    folders = (os.path.abspath(local_path(folder) or folder) for folder in ingestion.folders)
+    above = [folder for folder in folders if path.startswith(folder.rstrip("/") + "/")]
+    return min(above, key=len, default=None)
 
 
 def _discover_s3(url: str, s3: S3) -> Iterator[Upload | Problem]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, Self
 from urllib.parse import urlsplit
@@ -15,6 +16,21 @@ from resources.process import usable_cpus
 
 HOME_VARIABLE = "MEDIA_HOME"
 _NAME = r"^[a-z][a-z0-9_]*$"
+_PREFIX, _DEEPER = "MEDIA_", "__"
+_NO_SETTINGS = frozenset(
+    {
+        "MEDIA_FAULT",
+        "MEDIA_CODE_HOST",
+        "MEDIA_ECS_TASK_DEFINITION",
+        "MEDIA_K8S_IMAGE",
+        "MEDIA_K8S_NAMESPACE",
+        "MEDIA_FRESH",
+        "MEDIA_TEST_FOLDER",
+    }
+)
+"""Variables of the project that are read elsewhere: tests, deployments."""
+_OF_SERVICES = re.compile(r"_SERVICE_(HOST|PORT(_\w+)?)$|_PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?$")
+"""What Kubernetes puts into every container for each service of its namespace, here for one called `media-…`."""
 
 
 class _Section(BaseModel):
@@ -106,6 +122,7 @@ class Ingestion(_Section):
     """Where uploads come from. The sensors whose source is not set skip with that reason."""
 
     folders: tuple[str, ...] = Field((), description="folders that folder_sensor watches")
+    follow_links: bool = Field(False, description="whether links within a folder may lead out of it")
     folder_quiet_s: float = Field(4.0, ge=0, description="a file unchanged for this long counts as written, seconds")
     # Not 0: times of files advance in steps of up to 10 ms, and a second change within one would go unseen.
     folder_closed_s: float = Field(
@@ -214,6 +231,17 @@ class Alerts(_Section):
         return url
 
 
+class Retention(_Section):
+    """How long Dagster's account of the past is kept; that of ticks is set in dagster.yaml."""
+
+    runs_days: float = Field(
+        90.0, ge=0, description="age at which finished runs that nothing shown depends on are deleted, days; 0: never"
+    )
+    logs_days: float = Field(
+        14.0, ge=0, description="age at which captured logs of runs and ticks are deleted, days; 0: never"
+    )
+
+
 class Ray(_Section):
     """The Ray cluster that runs and models may use."""
 
@@ -259,8 +287,8 @@ class Settings(BaseSettings):
         frozen=True,
         extra="forbid",
         hide_input_in_errors=True,  # some of them are passwords
-        env_prefix="MEDIA_",
-        env_nested_delimiter="__",
+        env_prefix=_PREFIX,
+        env_nested_delimiter=_DEEPER,
         env_ignore_empty=True,
     )
 
@@ -280,6 +308,7 @@ class Settings(BaseSettings):
     ingestion: Ingestion = Ingestion()
     planner: Planner = Planner()
     alerts: Alerts = Alerts()
+    retention: Retention = Retention()
     compute: Compute = Compute()
     ray: Ray = Ray()
     serving: Serving = Serving()
@@ -304,6 +333,23 @@ class Settings(BaseSettings):
         return cls(home=chosen)
 
     @model_validator(mode="after")
+    def _no_variable_is_misspelt(self) -> Self:
+        """pydantic looks for the variables it knows; one that nobody reads would be taken for a setting."""
+        known = variables(type(self))
+        for name in sorted(os.environ):
+            variable = name.upper()
+            first, _, deeper = variable.removeprefix(_PREFIX).partition(_DEEPER)
+            if not variable.startswith(_PREFIX) or not os.environ[name] or variable in known | _NO_SETTINGS:
+                continue
+            field = type(self).model_fields.get(first.lower())
+            is_section = field is not None and bool(_section_of(field.annotation))
+            if (is_section and deeper) or _OF_SERVICES.search(variable):  # what is in a section, pydantic checked
+                continue
+            nearest = get_close_matches(variable, sorted(known), 1, 0.0)
+            raise ValueError(f"{name} is no setting; the nearest is {nearest[0]}")
+        return self
+
+    @model_validator(mode="after")
     def _consistent(self) -> Self:
         is_chosen = "prepare_threads" in self.engine.model_fields_set  # else it follows the cores
         window = self.engine.window
@@ -317,3 +363,18 @@ class Settings(BaseSettings):
         if self.profile == "gpu" and self.serving.backend == "ray" and not self.serving.gpus:
             raise ValueError("serving.gpus must be above 0 with profile gpu: Ray hides the devices from other actors")
         return self
+
+
+def variables(model: type[BaseModel], prefix: str = _PREFIX) -> set[str]:
+    """Names of the variables that set something of `model`, those of its sections included."""
+    names: set[str] = set()
+    for name, field in model.model_fields.items():
+        variable = f"{prefix}{name.upper()}"
+        names.add(variable)
+        if section := _section_of(field.annotation):
+            names |= variables(section, variable + _DEEPER)
+    return names
+
+
+def _section_of(annotation: object) -> type[BaseModel] | None:
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None

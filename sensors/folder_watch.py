@@ -109,7 +109,7 @@ def look(folders: Sequence[str], registry: Registry, memory: Memory, settings: I
     inode changed within it; new ones already when `_is_closed` says so. A file is gone when it is not there
     although everything above it could be listed; `_believed` says when many at once are.
     """
-    seen = _Scan(time.monotonic() + settings.tick_budget_s)
+    seen = _Scan(time.monotonic() + settings.tick_budget_s, settings.follow_links)
     known: dict[str, dict[str, str]] = {}
     for folder in folders:
         known[folder] = _known_below(registry, folder)
@@ -139,18 +139,19 @@ class _Scan:
     registered with another version.
     """
 
-    def __init__(self, deadline: float) -> None:
+    def __init__(self, deadline: float, follow_links: bool) -> None:
         self.uris: set[str] = set()
         self.changed: list[tuple[str, LocalFile]] = []
         self.replacing: set[str] = set()
         self.problems: list[Problem] = []
         self.late = False
         self._deadline = deadline
+        self._follow_links = follow_links
         self._listed: set[tuple[int, int]] = set()
 
     def scan(self, folder: str, known: Mapping[str, str]) -> None:
         """Walk one folder, unless time is up."""
-        for count, entry in enumerate(() if self.late else walk([folder], self._listed)):
+        for count, entry in enumerate(() if self.late else walk([folder], self._listed, self._follow_links)):
             if count % _CLOCK_EVERY == 0 and time.monotonic() > self._deadline:
                 self.late = True
                 return

@@ -8,9 +8,8 @@ import dagster as dg
 from jobs.express import EXPRESS
 from jobs.planner import Batch, Planner
 from jobs.rebuild import rebuild_request
-from media_assets.mirror import materialized_in, report
+from media_assets.lost import report_lost
 from media_assets.partitions import add_partitions, explicit_batch_tags
-from media_assets.provenance import DATA_VERSION_TAG
 from resources.backlog import BatchRecord
 from resources.library import Library
 from resources.registry import CHANGES
@@ -53,10 +52,11 @@ def _decide(
     """What to launch now, and whether the system is idle: nothing in flight and no item with work left."""
     lost_requests = follow(library, context.instance)
     tick = planner.tick()
-    for line in tick.explanations:
-        context.log.info(line)
     batches = [*lost_requests, *tick.batches]
     if batches:
+        # Of a tick that launches nothing they are the reason why; a log would be a file for every tick.
+        for line in tick.explanations:
+            context.log.info(line)
         # Uploads registered by the command line may not be partitions yet.
         add_partitions(context.instance, library.settings, [key for batch in batches for key in batch.keys])
         return dg.SensorResult(run_requests=[request(batch, library.settings) for batch in batches]), False
@@ -103,30 +103,12 @@ def follow(library: Library, instance: dg.DagsterInstance) -> list[Batch]:
             elif age > _REQUEST_AGAIN_S and (keys := library.backlog.members(batch.id)):
                 again.append(_again(batch, keys))
         elif run.is_finished:
-            if not run.is_success:
-                mirror_lost(library, instance, run.run_id, library.backlog.members(batch.id))
+            if not run.is_success and library.settings.partitions == "media":  # of buckets, runs report sums alone
+                report_lost(library, instance, run.run_id, library.backlog.members(batch.id))
             library.backlog.ended(batch.id, "finished" if run.is_success else "failed", base)
         else:
             library.backlog.started(batch.id, run.run_id)
     return again
-
-
-def mirror_lost(library: Library, instance: dg.DagsterInstance, run_id: str, media_ids: Sequence[str]) -> None:
-    """Report what a run finished and did not live to report; of buckets, runs report sums alone."""
-    if library.settings.partitions != "media":
-        return
-    records = library.outcomes.load(media_ids)
-    done = [record for record in records.values() if record.run_id == run_id and record.status.done]
-    if done:
-        told = materialized_in(instance, run_id)
-        report(
-            instance,
-            (
-                (record.asset, record.media_id, {DATA_VERSION_TAG: record.version})
-                for record in done
-                if (record.asset, record.media_id) not in told
-            ),
-        )
 
 
 def _again(batch: BatchRecord, keys: list[str]) -> Batch:

@@ -37,7 +37,10 @@ def build_s3_inventory_sensor(settings: Settings) -> dg.SensorDefinition:
         inventory = Inventory(media.registry, media.settings.s3, media.settings.ingestion, announce)
         cursor, reports = inventory.tick(Cursor.parse(context.cursor))
         for report in reports:
-            (context.log.error if report.error else context.log.info)(sentence(report))
+            if report.error:
+                context.log.error(sentence(report))
+            elif not report.between or report.new or report.removed:  # else a log file for every tick, about nothing
+                context.log.info(sentence(report))
         text = " ".join(sentence(report) for report in reports)
         return dg.SensorResult(cursor=cursor.model_dump_json(), skip_reason=dg.SkipReason(text))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -80,6 +81,23 @@ def test_wrong_settings_are_refused_with_their_name(tmp_path: Path, toml: str, s
     )
     assert done.returncode == 7
     assert said in done.stderr
+
+
+def test_a_misspelt_variable_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    """Given a variable that is no setting, then a command exits 7 and says which is meant."""
+    done = subprocess.run(
+        [sys.executable, "-m", "cli.main", "status", "--home", str(tmp_path)],
+        env={**os.environ, "MEDIA_PROFIL": "gpu"},
+        capture_output=True,
+        text=True,
+        cwd=PROJECT,
+        check=False,
+    )
+    assert done.returncode == 7
+    assert done.stderr == (
+        "The settings are wrong: MEDIA_PROFIL is no setting; the nearest is MEDIA_PROFILE."
+        " Mend settings.toml or the MEDIA_* variables.\n"
+    )
 
 
 def test_an_unknown_asset_is_refused_with_the_known_ones(tmp_path: Path) -> None:

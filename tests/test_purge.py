@@ -274,6 +274,11 @@ def test_dagster_reads_its_events_after_a_purge(home: Home, purged: Purged) -> N
         materialized = home.instance.get_materialized_partitions(dg.AssetKey(asset))
         assert gone not in materialized
     assert other in home.instance.get_materialized_partitions(dg.AssetKey("frames"))
+    # A copy keeps what it shows, as it keeps its tables.
+    wanted = dg.AssetRecordsFilter(dg.AssetKey("frames"), asset_partitions=[home.ids["one_copy.jpg"]])
+    (copied,) = home.instance.fetch_materializations(wanted, limit=1).records
+    assert copied.asset_materialization is not None
+    assert "picture: contact sheet" in copied.asset_materialization.metadata
     records = home.instance.get_asset_records([dg.AssetKey("frames"), dg.AssetKey("shots")])
     assert records
     assert not home.instance.has_dynamic_partition(MEDIA, gone)
@@ -296,13 +301,17 @@ def test_a_purged_version_is_not_taken_in_again(home: Home, purged: Purged) -> N
 
 
 def test_failures_leave_no_sentence_behind(home: Home) -> None:
-    """Given a quarantined file, whose error stands in the log of its run, when it is purged, then the log is clean."""
+    """Given a quarantined file, whose error stands in the log of its run and on its partitions' pages, when it is
+    purged, then the log is clean and nothing is observed of it any more."""
     media_id = home.ids["broken.jpg"]
+    seen = [dg.AssetRecordsFilter(dg.AssetKey(asset), asset_partitions=[media_id]) for asset in DECODE]
+    assert all(home.instance.fetch_observations(wanted, limit=10).records for wanted in seen)
     assert {"table event_logs", "table outcome_history", "table outcomes"} <= set(places(home.library, media_id))
     report = home.purge(media_id)
     assert report["erased"]["events"] + report["erased"]["events_redacted"] >= 1
     left = {place.removeprefix("table ") for place in places(home.library, media_id)}
     assert left <= {"uploads", "purges", "runs", "run_tags"}
+    assert not any(home.instance.fetch_observations(wanted, limit=10).records for wanted in seen)
 
 
 def test_copies_are_told_and_purged_on_demand(home: Home) -> None:

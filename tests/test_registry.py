@@ -69,6 +69,37 @@ def test_loops_and_missing_folders_do_not_stop_discovery(tmp_path: Path) -> None
     assert problems["gone"] == "No such file or directory"
 
 
+def test_links_that_lead_out_of_a_folder_are_told_and_not_followed(tmp_path: Path) -> None:
+    """Given links out of a folder, to a file, a folder and by a detour, then they are problems unless the setting says
+    otherwise; links within it and what is named itself are followed."""
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    (inside / "real").mkdir(parents=True)
+    outside.mkdir()
+    (tmp_path / "inside-not").mkdir()
+    for path in (inside / "real" / "a.txt", outside / "secret.txt", tmp_path / "inside-not" / "near.txt"):
+        path.write_text("words")
+    (inside / "file").symlink_to(outside / "secret.txt")
+    (inside / "folder").symlink_to(outside)
+    (inside / "near").symlink_to(tmp_path / "inside-not")
+    (inside / "real" / "up").symlink_to("../../outside/secret.txt")
+    (inside / "kept.txt").symlink_to(inside / "real" / "a.txt")
+
+    def found(path: Path, follow_links: bool = False) -> tuple[set[str], set[str]]:
+        entries = list(discover([path], follow_links=follow_links))
+        uris = {str(Path(entry.uri).relative_to(tmp_path)) for entry in entries if isinstance(entry, Upload)}
+        return uris, {str(Path(e.path).relative_to(tmp_path)) for e in entries if isinstance(e, Problem)}
+
+    within = {"inside/kept.txt", "inside/real/a.txt"}
+    out = {"inside/file", "inside/folder", "inside/near", "inside/real/up"}
+    assert found(inside) == (within, out)
+    (problem,) = [e for e in discover([inside / "real"]) if isinstance(e, Problem)]
+    assert "ingestion.follow_links" in problem.reason
+    followed = {"inside/file", "inside/folder/secret.txt", "inside/near/near.txt", "inside/real/up"}
+    assert found(inside, follow_links=True) == (within | followed, set())
+    assert found(inside / "file") == ({"inside/file"}, set())
+    assert found(inside / "folder") == ({"inside/folder/secret.txt"}, set())
+
+
 def test_remote_folders_are_listed_through_fsspec() -> None:
     """Given files on another file system, then they are found under their URLs; a bucket that is gone is a problem."""
     import fsspec

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +14,7 @@ import yaml
 from dagster._core.remote_origin import GrpcServerCodeLocationOrigin, RemoteJobOrigin, RemoteRepositoryOrigin
 
 from jobs.express import EXPRESS_JOB
+from jobs.quiet_sensors import LOGGER
 from jobs.run_coordinator import DirectRunCoordinator
 from tests.conftest import SILENT
 
@@ -104,3 +106,34 @@ def test_one_that_cannot_be_launched_has_failed_and_says_why(opened: Opened) -> 
     assert run.status is FAILURE
     said = [str(event) for event in instance.all_logs(run.run_id)]
     assert any("throw on launch" in text for text in said)
+
+
+def test_the_daemon_logs_of_sensors_what_is_new(opened: Opened, caplog: pytest.LogCaptureFixture) -> None:
+    """Given the instance of dagster.yaml, then looks and repeated reasons to skip are not logged; a new reason, another
+    sensor's and everything else are."""
+    assert opened().run_coordinator
+    logger = logging.getLogger(LOGGER)
+    with caplog.at_level(logging.INFO, LOGGER):
+        for text in (
+            "Checking for new runs for sensor: planner",
+            "Sensor planner skipped: backlog: 0 uploads ready",
+            "Sensor folder skipped: backlog: 0 uploads ready",
+            "Checking for new runs for sensor: planner",
+            "Sensor planner skipped: backlog: 0 uploads ready",
+            "No run requests returned for alerts, skipping",
+            "No run requests returned for alerts, skipping",
+            "Sensor planner skipped: backlog: 1 uploads ready",
+            "Launching run for planner",
+            "Launching run for planner",
+            "Sensor planner skipped: backlog: 0 uploads ready",
+        ):
+            logger.info(text)
+    assert [record.getMessage() for record in caplog.records if record.name == LOGGER] == [
+        "Sensor planner skipped: backlog: 0 uploads ready",
+        "Sensor folder skipped: backlog: 0 uploads ready",
+        "No run requests returned for alerts, skipping",
+        "Sensor planner skipped: backlog: 1 uploads ready",
+        "Launching run for planner",
+        "Launching run for planner",
+        "Sensor planner skipped: backlog: 0 uploads ready",
+    ]

@@ -290,6 +290,7 @@ class Decoder:
             self._threads,
             -1 if isinstance(file, LocalFile) else file.bytes,
             (file.etag or "") if isinstance(file, LocalFile) else "",
+            file.within_hex if isinstance(file, LocalFile) else "",
         )
 
     def _messages(

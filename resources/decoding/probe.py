@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -27,6 +28,7 @@ SEGMENTS_PER_MESSAGE = 200
 FIRST_PACKETS = 200
 SIDEWAYS = (90, 270)
 SAR_RANGE = (0.25, 4.0)
+_LINKS = "Set ingestion.follow_links if that is meant."
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +119,8 @@ def readable(request: Request, fetch: Fetch) -> Iterator[tuple[BinaryIO, int]]:
         os.close(descriptor)
         raise Unsupported("It is no regular file but a folder, pipe or device.", "Name the media file itself.")
     with open(descriptor, "rb") as stream:
+        if not _is_within(descriptor, bytes.fromhex(request.within)):
+            raise Unreadable("The file leads out of its folder through a link.", _LINKS)
         if request.etag not in ("", version_of(before)):
             raise SourceChanged("The file was changed since it was registered.")
         _judge_size(request, before.st_size)
@@ -126,6 +130,13 @@ def readable(request: Request, fetch: Fetch) -> Iterator[tuple[BinaryIO, int]]:
             after = os.fstat(descriptor)
             if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
                 raise SourceChanged("The file was written to while it was read.")
+
+
+def _is_within(descriptor: int, folder: bytes) -> bool:
+    """Whether an open file is in `folder`, however its path led there; cannot be told but on Linux."""
+    if not folder or sys.platform != "linux":
+        return True
+    return os.readlink(f"/proc/self/fd/{descriptor}".encode()).startswith(folder.rstrip(b"/") + b"/")
 
 
 def _judge_size(request: Request, size: int) -> None:

@@ -37,9 +37,10 @@ class Request:
 
     `operation` is probe or decode; `path` the file-system path as bytes in hex; `kind` what an earlier
     probe found and `bytes` the size it saw; `wanted` holds frames, audio or both; `etag` the version of a
-    local file that is meant, any where it is empty. Sizes are pixels, times seconds. An object of
-    `remote_bytes` bytes has no path: the worker asks its parent for each range with a `read` message, and
-    gets a message with that payload. So it needs neither network nor credentials.
+    local file that is meant, any where it is empty, and `within` the folder it must be in, its links followed,
+    as bytes in hex. Sizes are pixels, times seconds. An object of `remote_bytes` bytes has no path: the worker
+    asks its parent for each range with a `read` message, and gets a message with that payload. So it needs
+    neither network nor credentials.
     """
 
     operation: str
@@ -59,6 +60,7 @@ class Request:
     threads: int = 1
     remote_bytes: int = -1
     etag: str = ""
+    within: str = ""
 
     def header(self) -> dict[str, Any]:
         """The request as JSON-ready fields."""

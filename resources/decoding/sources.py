@@ -19,13 +19,17 @@ from resources.settings import S3
 class LocalFile:
     """A file this machine can open; a temporary one is removed when the last reference is gone.
 
-    `etag` names the version that is meant (`resources.files.version_of`); without it any will do.
+    `etag` names the version that is meant (`resources.files.version_of`); without it any will do. `within` is the
+    folder out of which no link may lead to it.
     """
 
-    def __init__(self, path: str, suffix: str, etag: str | None = None, temporary: bool = False) -> None:
+    def __init__(
+        self, path: str, suffix: str, etag: str | None = None, temporary: bool = False, within: str | None = None
+    ) -> None:
         self.path = path
         self.suffix = suffix
         self.etag = etag
+        self.within = within
         if temporary:
             weakref.finalize(self, _remove, path)
 
@@ -33,6 +37,11 @@ class LocalFile:
     def path_hex(self) -> str:
         """The path's bytes in hex: names need not be UTF-8."""
         return os.fsencode(self.path).hex()
+
+    @property
+    def within_hex(self) -> str:
+        """The bytes of `within`, its own links followed, in hex; empty where the file may be anywhere."""
+        return os.fsencode(os.path.realpath(self.within)).hex() if self.within else ""
 
 
 class RemoteFile:
@@ -77,7 +86,12 @@ Source = LocalFile | RemoteFile
 
 
 def localize(
-    uri: str, max_bytes: int, s3: S3 | None = None, etag: str | None = None, keep: bool = True
+    uri: str,
+    max_bytes: int,
+    s3: S3 | None = None,
+    etag: str | None = None,
+    keep: bool = True,
+    within: str | None = None,
 ) -> LocalFile | RemoteFile:
     """The file behind a path, a file:// URI (percent-encoded, see `resources.registry.uri_of`) or a URL.
 
@@ -87,13 +101,14 @@ def localize(
         s3: how S3 is reached, and from which size objects are probed by ranges.
         etag: the version of a local file or an object on S3 that is meant.
         keep: whether the file will be decoded after the probe, so that a copy pays.
+        within: a folder out of which no link may lead to a local file.
 
     An object of no more than one block is copied at once. Raises Unreadable (missing, no permission, no such
     store), TooLarge beyond `max_bytes`, SourceChanged.
     """
     path = local_path(uri)
     if path is not None:
-        return LocalFile(path, os.path.splitext(path)[1], etag)
+        return LocalFile(path, os.path.splitext(path)[1], etag, within=within)
     s3 = s3 or S3()
     remote = open_object(uri, s3)
     size = remote.facts.bytes

@@ -55,7 +55,7 @@ _BATCH = 32
 _OPSET = 17
 _TRACED_TEXTS = ("a", "texts of unlike length")
 
-_CONFIG = {
+_CONFIG: dict[str, dict[str, Any]] = {
     "model_cfg": {
         "embed_dim": DIMENSION,
         "vision_cfg": {
@@ -207,7 +207,8 @@ def _build(weights: Mapping[str, Path], folder: Path) -> None:
     (folder / CONFIG).write_text(json.dumps(_CONFIG, indent=1))
     register_image_tower()
     name = f"local-dir:{folder}"
-    model: Any = open_clip.create_model(name, load_weights=False, pretrained_text=False, **local_towers(folder)).eval()
+    # Not by `create_model`, which warns that it loaded no weights: they come from elsewhere, below.
+    model: Any = open_clip.CustomTextCLIP(**{**_CONFIG["model_cfg"], **local_towers(folder)}).eval()
     _fill_image_tower(model.visual.trunk, torch.load(weights[IMAGE_WEIGHTS], map_location="cpu", weights_only=True))
     _fill_text_tower(model.text.transformer, load_file(weights[TEXT_WEIGHTS]))
     tokenizer = open_clip.get_tokenizer(name)
