@@ -6,28 +6,26 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
-from cli.text import shown
+from cli import asked, tables
+from cli.text import WHOLE, console, shown
 from media_assets.dead_letters import Chosen, DeadLetter, Group, Rejected, dead_letters, grouped, rejected, replay
 from resources.errors import printable
 from resources.library import Library
 
-_out = Console()
+_out = console()
 
 
-def show_dead_letters(library: Library, chosen: Chosen, again: bool, examples: int, as_json: bool) -> bool:
-    """List or replay; False when one of the media IDs asked for is not registered."""
-    known = library.registry.known(list(chosen.media_ids))
-    if unknown := [media_id for media_id in chosen.media_ids if media_id not in known]:
-        Console(stderr=True).print(f"No media item {shown(', '.join(unknown), 400)}.")
-        return False
+def show_dead_letters(library: Library, chosen: Chosen, again: bool, examples: int, as_json: bool) -> None:
+    """List or replay. Raises UnknownMedia, and typer.BadParameter for an asset or a class that does not exist."""
+    asked.live_items(library, list(chosen.media_ids))
+    asked.outcomes(library, list(chosen.assets), list(chosen.error_classes), "--class")
     letters = dead_letters(library, _stages(library), chosen)
     if again:
         count = replay(library, letters)
         print(json.dumps({"replayed": count}) if as_json else _replayed(count))
-        return True
+        return
     groups = grouped(letters, examples)
     # Messages have no item, asset or class: a narrower question does not mean them.
     narrowed = chosen.media_ids or chosen.assets or chosen.error_classes or chosen.changed
@@ -37,7 +35,6 @@ def show_dead_letters(library: Library, chosen: Chosen, again: bool, examples: i
         print(json.dumps(document))
     else:
         _show(groups, messages)
-    return True
 
 
 def _stages(library: Library) -> list[Any]:
@@ -85,25 +82,22 @@ def _show(groups: Sequence[Group], messages: Sequence[Rejected]) -> None:
         _out.print("No dead letters.")
         return
     if groups:
-        table = Table(title="Dead letters", title_justify="left")
-        for name in ("error class", "asset", "items", "since", "latest", "also waiting"):
-            table.add_column(name, justify="right" if name == "items" else "left", overflow="fold")
-        for group in groups:
-            waiting = ", ".join(f"{count} {asset}" for asset, count in sorted(group.waiting.items()))
-            times = (f"{moment:%Y-%m-%d %H:%M}" for moment in (group.since, group.latest))
-            table.add_row(shown(group.error_class), shown(group.asset), str(group.items), *times, shown(waiting, 400))
-        _out.print(table)
+        names = ("error class", "asset", "items", "since", "latest", "also waiting")
+        tables.show(_out, names, map(_row, groups), title="Dead letters", right=("items",))
     for group in groups:
         for letter in group.examples:
-            where = f"[bold]{shown(group.error_class)}[/bold] {shown(group.asset)} of {shown(letter.media_id)}"
-            _out.print(f"{where} ({shown(letter.uri, 200)}): {shown(letter.error, 400)}", highlight=False)
+            where = f" {shown(group.asset)} of {letter.media_id} ({shown(letter.uri, WHOLE)})"
+            _out.print(Text.assemble((group.error_class, "bold"), f"{where}: {shown(letter.error, 400)}"))
     for found in messages:
-        _out.print(
-            f"[bold]{found.messages} messages[/bold] of {shown(found.source)} were not understood since"
-            f" {found.since:%Y-%m-%d %H:%M}: {shown(found.reason, 300)}",
-            highlight=False,
-        )
+        told = f"of {shown(found.source)} were not understood since {found.since:%Y-%m-%d %H:%M}"
+        _out.print(Text.assemble((f"{found.messages} messages", "bold"), f" {told}: {shown(found.reason, 300)}"))
         for key, body in found.examples:
-            _out.print(f"  {shown(key)}: {shown(body, 200)}", highlight=False)
+            _out.print(f"  {shown(key)}: {shown(body, 200)}")
     if groups:
         _out.print("After mending the cause: media-assets dead-letters [--class C] [--asset A] [MEDIA_ID…] --replay")
+
+
+def _row(group: Group) -> tables.Row:
+    times = (f"{moment:%Y-%m-%d %H:%M}" for moment in (group.since, group.latest))
+    waiting = ", ".join(f"{count} {asset}" for asset, count in sorted(group.waiting.items()))
+    return (group.error_class, group.asset, group.items, *times, waiting)

@@ -14,11 +14,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 
 from cli.exit_codes import Exit
 from cli.instance import PROJECT, limit_pools, prepare_environment
-from resources.errors import printable
+from cli.text import WHOLE, shown
 from resources.library import Library
 from resources.registry import uri_of
 
@@ -40,7 +39,7 @@ def serve(library: Library, port: int, console: Console, folders: Sequence[Path]
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, signal.default_int_handler)
     if not _is_free(port):
-        console.print(f"Port {port} is in use. Choose another with --port.", style="red", soft_wrap=True)
+        console.print(f"Port {port} is in use. Choose another with --port.", style="red")
         return Exit.USAGE
     try:
         console.print("starting Postgres", style="dim")
@@ -51,11 +50,7 @@ def serve(library: Library, port: int, console: Console, folders: Sequence[Path]
             folder = prepare_environment(library)
             limit_pools(library)
             _watch(library, folders, console)
-            console.print(
-                f"Dagster UI: http://{HOST}:{port} once it says “Serving” below; Ctrl-C stops everything.",
-                soft_wrap=True,
-                highlight=False,
-            )
+            console.print(f"Dagster UI: http://{HOST}:{port} once it says “Serving” below; Ctrl-C stops everything.")
             return _run(port, folder)
     finally:
         library.close()
@@ -69,8 +64,8 @@ def _watch(library: Library, folders: Sequence[Path], console: Console) -> None:
         console.print("No folder is watched. To have new files processed by themselves: media-assets dev FOLDER")
         return
     os.environ[FOLDERS_VARIABLE] = json.dumps(list(watched))
-    names = ", ".join(escape(printable(folder)) for folder in watched)
-    console.print(f"Watching {names}: files that come, change or go are registered.", soft_wrap=True, highlight=False)
+    names = ", ".join(shown(folder, WHOLE) for folder in watched)
+    console.print(f"Watching {names}: files that come, change or go are registered.")
 
 
 def _run(port: int, folder: Path) -> int:

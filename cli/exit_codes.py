@@ -17,4 +17,5 @@ class Exit(IntEnum):
     MODEL = 6
     SETTINGS = 7
     QUERY = 8
+    STORAGE = 9
     INTERRUPTED = 130

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.executors import instance_file, pool_limits
-from resources.files import replacing
+from resources.files import made, replacing
 from resources.library import Library
 from resources.settings import HOME_VARIABLE
 
@@ -26,10 +27,9 @@ _NOT_CAPTURED = {
 def prepare_environment(library: Library, database_url: str | None = None) -> Path:
     """Write <home>/dagster/dagster.yaml and set the variables child processes read; returns that folder.
 
-    `database_url` is the library's own unless given.
+    `database_url` is the library's own unless given. Raises FolderUnusable.
     """
-    folder = library.settings.home / "dagster"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = made(library.settings.home / "dagster")
     _put(instance_file(library.settings).read_bytes(), folder / "dagster.yaml")
     os.environ["DAGSTER_HOME"] = str(folder)
     os.environ["MEDIA_DATABASE_URL"] = database_url or library.database.url
@@ -57,10 +57,16 @@ def open_instance(library: Library) -> DagsterInstance:
     from dagster import DagsterInstance
     from dagster._core.instance.ref import InstanceRef  # an instance with other settings has no public way
 
+    logging.getLogger().addFilter(_is_no_retry)
     folder = str(prepare_environment(library))
     instance = DagsterInstance.from_ref(InstanceRef.from_dir(folder, overrides={"compute_logs": _NOT_CAPTURED}))
     _limit(instance, pool_limits(library.settings))
     return instance
+
+
+def _is_no_retry(record: logging.LogRecord) -> bool:
+    """Dagster says each of its tries to reach a lost database in three lines; its error at their end says it once."""
+    return not str(record.msg).startswith("Retrying failed database")
 
 
 def limit_pools(library: Library) -> None:

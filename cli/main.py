@@ -5,33 +5,17 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from typer.core import TyperGroup
 
+from cli.errors import Commands, explained, flush, stop
 from cli.exit_codes import Exit
-
-if TYPE_CHECKING:
-    from resources.library import Library
-
-INTERRUPTS = ("KeyboardInterrupt", "DagsterExecutionInterruptedError")
-
-
-class Commands(TyperGroup):
-    """The commands; an interrupt ends any of them with a sentence instead of the library's own `Aborted!`."""
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run the command."""
-        try:
-            return super().invoke(ctx)
-        except BaseException as error:
-            if type(error).__name__ not in INTERRUPTS:
-                raise
-            return _stop("Interrupted. What is finished is kept; run the same command to go on.", Exit.INTERRUPTED)
-
+from cli.home import HomeOption, open_library, opened
+from cli.text import console as plain_console
 
 app = typer.Typer(
     name="media-assets",
@@ -43,31 +27,22 @@ app = typer.Typer(
     "Start with [bold]media-assets run FOLDER[/bold], then [bold]search[/bold], [bold]sql[/bold], [bold]status[/bold],"
     " and [bold]dev[/bold] for the Dagster UI.",
     epilog="Exit codes: 0 done · 2 usage · 3 items failed (run --strict) · 4 nothing found · 5 database · 6 model ·"
-    " 7 settings · 8 bad query · 130 interrupted.",
+    " 7 settings · 8 bad query · 9 storage · 130 interrupted.",
 )
 
-HomeOption = Annotated[
-    Path | None,
-    typer.Option("--home", help="Folder that holds all state.", show_default="$MEDIA_HOME, then ./var", envvar=[]),
-]
+
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout; progress on stderr.")]
 
 
-def _open(home: Path | None) -> Library:
-    from resources.library import Library
-
-    return Library.open(home)
-
-
 def _console() -> Console:
-    return Console(stderr=True)
+    return plain_console(stderr=True)
 
 
 def warn_root(console: Console) -> None:
     """Who has all rights hands all files to what decodes the media."""
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         told = "Running as root: a hostile file that takes its decoder over could read every file of this machine."
-        console.print(f"{told} Better use a user of its own.", style="yellow", soft_wrap=True, highlight=False)
+        console.print(f"{told} Better use a user of its own.", style="yellow")
 
 
 @app.command()
@@ -90,14 +65,15 @@ def run(
 
     Example: [bold]media-assets run ./samples[/bold]
     """
+    from cli.asked import selected
     from cli.report import show_summary
     from cli.run import Work
 
-    library = _open(home)
+    library = open_library(home)
     console = _console()
     warn_root(console)
     try:
-        work = Work(library, console, _assets(select))
+        work = Work(library, console, selected(select))
         summary = work.run(paths or [])
         if as_json:
             print(json.dumps(summary.json(), default=str))
@@ -109,19 +85,6 @@ def run(
         raise typer.Exit(Exit.NOTHING_FOUND)
     if strict and (summary.failures or summary.problems):
         raise typer.Exit(Exit.ITEMS_FAILED)
-
-
-def _assets(select: str | None) -> list[str]:
-    if not select:
-        return []
-    from cli.run import SPANNING
-    from media_assets.schemas import PER_MEDIA
-
-    names = [name.strip() for name in select.split(",") if name.strip()]
-    known = [*PER_MEDIA, *SPANNING]
-    if unknown := [name for name in names if name not in known]:
-        raise typer.BadParameter(f"no asset {', '.join(unknown)}; there are: {', '.join(known)}", param_hint="--select")
-    return names
 
 
 @app.command()
@@ -148,7 +111,7 @@ def dev(
 
     console = _console()
     warn_root(console)
-    raise typer.Exit(serve(_open(home), port, console, paths or []))
+    raise typer.Exit(serve(open_library(home), port, console, paths or []))
 
 
 @app.command()
@@ -165,11 +128,8 @@ def migrate(
     """
     from cli import migrating
 
-    library = _open(home)
-    try:
+    with opened(home) as library:
         parts = migrating.migrate(library, check, _console())
-    finally:
-        library.close()
     if as_json:
         print(json.dumps(migrating.as_json(parts)))
     else:
@@ -187,13 +147,11 @@ def status(
     """Say how many items each asset has, what failed and why; or everything about one item."""
     from cli.report import show_item, show_status
 
-    library = _open(home)
-    try:
-        found = show_item(library, media_id, as_json) if media_id else show_status(library, as_json)
-    finally:
-        library.close()
-    if not found:
-        raise typer.Exit(Exit.NOTHING_FOUND)
+    with opened(home) as library:
+        if media_id is not None:
+            show_item(library, media_id, as_json)
+        elif not show_status(library, as_json):
+            raise typer.Exit(Exit.NOTHING_FOUND)
 
 
 @app.command()
@@ -211,14 +169,11 @@ def plan(
     """
     from cli.planning import show_dry_run, show_plan
 
-    library = _open(home)
-    try:
+    with opened(home) as library:
         if dry_run:
             show_dry_run(library, limit, as_json)
         else:
             show_plan(library, as_json)
-    finally:
-        library.close()
 
 
 @app.command()
@@ -237,11 +192,12 @@ def retry(
     """Give failed items a fresh start; the next [bold]run[/bold] works on them."""
     if finished and not (media_ids or asset):
         raise typer.BadParameter("say which: name an item or an --asset", param_hint="--finished")
-    library = _open(home)
-    try:
+    from cli import asked
+
+    with opened(home) as library:
+        asked.live_items(library, media_ids or ())
+        asked.outcomes(library, asset or (), error_class or (), "--error-class")
         count = library.outcomes.reset(media_ids or None, asset or None, error_class or None, finished)
-    finally:
-        library.close()
     if as_json:
         print(json.dumps({"reset": count}))
     else:
@@ -268,14 +224,9 @@ def dead_letters(
     from cli.dead_letters import show_dead_letters
     from media_assets.dead_letters import Chosen
 
-    library = _open(home)
-    try:
+    with opened(home) as library:
         chosen = Chosen(media_ids or (), asset or (), error_class or (), changed)
-        found = show_dead_letters(library, chosen, replay, limit, as_json)
-    finally:
-        library.close()
-    if not found:
-        raise typer.Exit(Exit.NOTHING_FOUND)
+        show_dead_letters(library, chosen, replay, limit, as_json)
 
 
 @app.command()
@@ -294,11 +245,8 @@ def purge(
     """
     from cli.purging import purge as erase
 
-    library = _open(home)
-    try:
+    with opened(home) as library:
         code = erase(library, media_ids, yes=yes, with_duplicates=with_duplicates, as_json=as_json, console=_console())
-    finally:
-        library.close()
     if code:
         raise typer.Exit(code)
 
@@ -317,33 +265,34 @@ def search(
     from cli.report import show_hits
     from cli.searching import open_search
 
-    library = _open(home)
-    try:
+    with opened(home) as library:
         response = open_search(library).search(text, limit)
         show_hits(response, as_json)
-    finally:
-        library.close()
     if not response.hits:
         raise typer.Exit(Exit.NOTHING_FOUND)
 
 
 @app.command()
 def similar(
-    media_id: Annotated[str, typer.Argument(help="The item to compare with.", show_default=False)],
+    media_id: Annotated[
+        str, typer.Argument(help="The item to compare with: its media ID, as `search` shows it.", show_default=False)
+    ],
     home: HomeOption = None,
     limit: Annotated[int, typer.Option("--limit", min=1, max=1000, help="Hits at most.")] = 10,
     as_json: JsonOption = False,
 ) -> None:
-    """Find media that look like one item."""
+    """Find media that look like one item.
+
+    Example: [bold]media-assets similar MEDIA_ID[/bold], with an ID that [bold]search[/bold] shows
+    """
+    from cli import asked
     from cli.report import show_hits
     from cli.searching import open_search
 
-    library = _open(home)
-    try:
+    with opened(home) as library:
+        asked.live_items(library, [media_id])
         response = open_search(library).similar(media_id, limit)
         show_hits(response, as_json)
-    finally:
-        library.close()
     if not response.hits:
         raise typer.Exit(Exit.NOTHING_FOUND)
 
@@ -362,11 +311,8 @@ def sql(
     from cli.searching import open_views
     from resources.views import query as select
 
-    library = _open(home)
-    try:
+    with opened(home) as library:
         show_table(select(open_views(library), query), as_json)
-    finally:
-        library.close()
 
 
 @app.command()
@@ -387,11 +333,8 @@ def evaluate(
     from cli.evaluating import evaluate_all
     from cli.report import show_evals
 
-    library = _open(home)
-    try:
+    with opened(home) as library:
         show_evals(evaluate_all(library, golden, store_baseline, _console()), as_json)
-    finally:
-        library.close()
 
 
 @app.command()
@@ -409,11 +352,8 @@ def tune(
     """
     from cli.tuning import tune as measure
 
-    library = _open(home)
-    try:
+    with opened(home) as library:
         found = measure(library, tasks or [], seconds, _console())
-    finally:
-        library.close()
     if as_json:
         print(json.dumps(found))
     else:
@@ -423,48 +363,18 @@ def tune(
 
 def main() -> None:
     """Entry point: errors that have a remedy are said in one sentence, with the exit code of their family."""
+    with suppress(AttributeError):  # not a stream of Python's own
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        app()
-    except Exception as error:  # noqa: BLE001 - the outermost place; unknown errors show their traceback
-        _explain(error)
-
-
-def _explain(error: Exception) -> None:
-    from pydantic import ValidationError
-
-    from resources.errors import MediaError
-
-    if isinstance(error, ValidationError):
-        problems = "; ".join(
-            ": ".join(filter(None, (".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, "))))
-            for e in error.errors()
-        )
-        _stop(f"The settings are wrong: {problems}. Mend settings.toml or the MEDIA_* variables.", Exit.SETTINGS)
-    if isinstance(error, MediaError):
-        _stop(str(error), _FAMILIES.get(error.code, Exit.INTERNAL))
-    raise error
-
-
-_FAMILIES: dict[str, Exit] = {
-    "database_unavailable": Exit.DATABASE,
-    "storage_mismatch": Exit.DATABASE,
-    "schema_outdated": Exit.DATABASE,
-    "schema_newer": Exit.DATABASE,
-    "model_unavailable": Exit.MODEL,
-    "device_unavailable": Exit.MODEL,
-    "bad_query": Exit.QUERY,
-    "bad_search": Exit.QUERY,
-    "bad_policy": Exit.SETTINGS,
-    "bad_needs": Exit.SETTINGS,
-    "executor_unavailable": Exit.SETTINGS,
-    "tuning_unreadable": Exit.SETTINGS,
-    "nothing_to_tune": Exit.NOTHING_FOUND,
-}
-
-
-def _stop(message: str, code: Exit) -> Any:
-    print(message, file=sys.stderr)
-    sys.exit(code)
+        try:
+            app()
+        finally:
+            flush()
+    except Exception as error:  # the outermost place; a defect shows its traceback
+        told = explained(error)
+        if told is None:
+            raise
+        stop(*told)
 
 
 if __name__ == "__main__":

@@ -113,4 +113,4 @@ def _upgrade_dagster(library: Library, database: Database, console: Console) -> 
 
     # Opening it creates the tables where there are none.
     with DagsterInstance.from_config(str(prepare_environment(library, database.url))) as instance:
-        instance.upgrade(lambda line: console.print(line, style="dim", markup=False))
+        instance.upgrade(lambda line: console.print(line, style="dim"))

@@ -7,15 +7,14 @@ from collections import defaultdict
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
-
+from cli import tables
+from cli.text import console
 from resources.library import Library
 
 if TYPE_CHECKING:
     from jobs.planner import Batch
 
-_out = Console()
+_out = console()
 
 
 def show_plan(library: Library, as_json: bool) -> None:
@@ -29,12 +28,9 @@ def show_plan(library: Library, as_json: bool) -> None:
     show_notes(library)
     if not batches:
         return
-    table = Table(title="Newest batches", title_justify="left")
-    for name in ("batch", "group", "state", "items", "reason", "run"):
-        table.add_column(name, justify="right" if name in ("batch", "items") else "left", overflow="fold")
-    for batch in batches:
-        table.add_row(str(batch.id), batch.group, batch.state, str(batch.items), batch.reason, (batch.run_id or "")[:8])
-    _out.print(table)
+    names = ("batch", "group", "state", "items", "reason", "run")
+    rows = [(batch.id, batch.group, batch.state, batch.items, batch.reason, batch.run_id) for batch in batches]
+    tables.show(_out, names, rows, title="Newest batches", right=("batch", "items"))
 
 
 def show_notes(library: Library) -> None:
@@ -45,7 +41,7 @@ def show_notes(library: Library) -> None:
         return
     _out.print(f"The planner, {notes[0]:%Y-%m-%d %H:%M:%S %Z}:", style="bold")
     for line in notes[1]:
-        _out.print(f"  {line}", highlight=False, markup=False)
+        _out.print(f"  {line}")
 
 
 def show_dry_run(library: Library, limit: int, as_json: bool) -> None:
@@ -78,12 +74,11 @@ def _show_batches(library: Library, batches: list[Batch]) -> None:
     for batch in batches:
         by_lane[batch.group, batch.lane].append(batch)
     price = library.settings.planner.price_per_hour
-    table = Table(title="Would run", title_justify="left")
-    for name in ("group", "lane", "runs", "items", "work", "price"):
-        table.add_column(name, justify="left" if name in ("group", "lane") else "right")
+    rows: list[tables.Row] = []
     for (group, lane), members in by_lane.items():
         seconds = sum(batch.seconds for batch in members)
         cost = f"{seconds / 3600 * price:.2f}" if price else "–"
         items = sum(len(batch.keys) for batch in members)
-        table.add_row(group, lane, str(len(members)), str(items), f"{seconds:.0f} s", cost)
-    _out.print(table)
+        rows.append((group, lane, len(members), items, f"{seconds:.0f} s", cost))
+    names = ("group", "lane", "runs", "items", "work", "price")
+    tables.show(_out, names, rows, title="Would run", right=names[2:])

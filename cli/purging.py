@@ -16,7 +16,8 @@ from typing import Any
 from rich.console import Console
 
 from cli.exit_codes import Exit
-from cli.text import shown
+from cli.text import WHOLE, shown
+from cli.text import console as plain_console
 from evals.forget import forget, golden_files
 from media_assets.purge import purge_shared
 from resources.erasure import Eraser, Subject, Twin, erase_log_lines, erase_server_log
@@ -24,10 +25,11 @@ from resources.event_log import EventLog
 from resources.faults import fault
 from resources.library import Library
 from resources.outcomes import EVALUATION
+from resources.registry import UnknownMedia
 from resources.traces import scan
 
 _MOST_SHOWN = 30
-_out = Console()
+_out = plain_console()
 
 
 @dataclass(slots=True)
@@ -48,12 +50,14 @@ class Report:
 def purge(
     library: Library, media_ids: Sequence[str], *, yes: bool, with_duplicates: bool, as_json: bool, console: Console
 ) -> Exit:
-    """Purge uploads in any state, after asking unless `yes`; says what was done and whether anything is left."""
+    """Purge uploads in any state, after asking unless `yes`; says what was done and whether anything is left.
+
+    Raises UnknownMedia, and purges nothing then.
+    """
     eraser = Eraser(library.database)
     subjects = eraser.subjects(media_ids)
     if unknown := set(media_ids) - {subject.media_id for subject in subjects}:
-        console.print(f"No media item {shown(', '.join(sorted(unknown)), 400)}. Nothing was purged.", soft_wrap=True)
-        return Exit.NOTHING_FOUND
+        raise UnknownMedia(f"No media item {shown(', '.join(sorted(unknown)), WHOLE)}; nothing was purged.")
     twins = eraser.twins([subject.media_id for subject in subjects])
     if with_duplicates:
         while twins:
@@ -61,7 +65,7 @@ def purge(
             twins = eraser.twins([subject.media_id for subject in subjects])
     # A purge that died knew more than its command line says, such as copies whose records are gone by now.
     if resumed := set(eraser.unfinished()) - {subject.media_id for subject in subjects}:
-        console.print(f"Going on with {len(resumed)} purges that were not brought to their end.", highlight=False)
+        console.print(f"Going on with {len(resumed)} purges that were not brought to their end.")
         subjects = eraser.subjects([*(one.media_id for one in subjects), *sorted(resumed)])
     _warn(twins, console)
     if not yes and not _confirmed(subjects, console):
@@ -76,8 +80,8 @@ def purge(
 
 def _confirmed(subjects: Sequence[Subject], console: Console) -> bool:
     for subject in subjects[:_MOST_SHOWN]:
-        line = f"{shown(subject.media_id)} ({subject.state}): {shown(subject.uri, 400)}"
-        console.print(line, soft_wrap=True, highlight=False)
+        line = f"{shown(subject.media_id)} ({subject.state}): {shown(subject.uri, WHOLE)}"
+        console.print(line)
     if len(subjects) > _MOST_SHOWN:
         console.print(f"… and {len(subjects) - _MOST_SHOWN} more")
     if not sys.stdin.isatty():
@@ -92,12 +96,8 @@ def _warn(twins: Sequence[Twin], console: Console) -> None:
         return
     names = ", ".join(shown(twin.media_id) for twin in twins[:_MOST_SHOWN])
     more = f" and {len(twins) - _MOST_SHOWN} more" if len(twins) > _MOST_SHOWN else ""
-    console.print(
-        f"[yellow]{len(twins)} other uploads hold the same bytes: {names}{more}; purge them too with"
-        " --with-duplicates.[/yellow]",
-        soft_wrap=True,
-        highlight=False,
-    )
+    told = f"{len(twins)} other uploads hold the same bytes: {names}{more}; purge them too with --with-duplicates."
+    console.print(told, style="yellow")
 
 
 def erase(library: Library, subjects: Sequence[Subject], twins: Sequence[Twin], console: Console) -> Report:
@@ -157,21 +157,21 @@ def _erase(
 def _show(report: Report) -> None:
     erased = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in report.erased.items() if count)
     scanned = ", ".join(f"{count:,} {name}" for name, count in report.scanned.items())
-    _out.print(f"Erased: {erased or 'nothing was there'}.", soft_wrap=True, highlight=False)
-    _out.print(f"Searched: {scanned}.", soft_wrap=True, highlight=False)
+    _out.print(f"Erased: {erased or 'nothing was there'}.")
+    _out.print(f"Searched: {scanned}.")
     if report.references:
         names = ", ".join(f"{name} ({count})" for name, count in report.references.items())
-        _out.print(f"Named still, by ID alone: {names}.", soft_wrap=True, highlight=False)
+        _out.print(f"Named still, by ID alone: {names}.")
     for line in (*report.problems, *(f"Left: {what}" for what in report.left[:_MOST_SHOWN])):
-        _out.print(f"[red]{shown(line, 500)}[/red]", soft_wrap=True, highlight=False)
+        _out.print(shown(line, WHOLE), style="red")
     if report.running:
         runs = ", ".join(report.running)
-        _out.print(f"[red]Runs that may still write are in progress: {runs}.[/red]", soft_wrap=True, highlight=False)
+        _out.print(f"Runs that may still write are in progress: {runs}.", style="red")
     if report.complete:
         _out.print(f"Nothing derived from {len(report.purged)} item(s) is left. The original files were not touched.")
     else:
-        _out.print("[red]Not complete. Once that is mended or over, run the same command again.[/red]")
+        _out.print("Not complete. Once that is mended or over, run the same command again.", style="red")
 
 
 def _say(console: Console, text: str) -> None:
-    console.print(f"[dim]{text}[/dim]", highlight=False)
+    console.print(text, style="dim")

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
-from resources.errors import printable
+from cli import asked, tables
+from cli.text import WHOLE, console
+from cli.text import shown as _shown
 from resources.event_log import EventLog
 from resources.library import Library
 
@@ -21,15 +21,12 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from cli.run import Summary
+    from resources.outcomes import Outcome
 
 STATUSES = ("ok", "not_applicable", "retryable", "quarantined", "running")
 _MOST_FAILURES = 30
-_WHOLE_PATH = 4096
-_out = Console()
-
-
-def _shown(value: object, limit: int = 120) -> str:
-    return escape(printable(str(value), limit))
+_out = console()
+_err = console(stderr=True)
 
 
 def clock(seconds: float) -> str:
@@ -48,16 +45,17 @@ def show_summary(library: Library, summary: Summary) -> None:
     _outcome_table(summary.outcomes, summary.computed, summary.seconds)
     _problems(summary.problems)
     _failures(summary.failures)
+    _in_flight(summary.in_flight)
     if not summary.runs:
         _out.print(_nothing_done(summary))
         return
     _spared(summary.facts.get("ocr_text", {}))
     home = str(library.settings.home)
-    _out.print(f"{summary.items} items in {summary.seconds_total:.0f} s. State is in {_shown(home, _WHOLE_PATH)}.")
+    _out.print(f"{summary.items} items in {summary.seconds_total:.0f} s. State is in {_shown(home, WHOLE)}.")
     _examples(library)
-    _out.print("\n[bold]Next[/bold]")
+    _out.print("\nNext", style="bold")
     for command, what in next_commands(home):
-        _out.print(f"  {_shown(command, _WHOLE_PATH)}   [dim]{what}[/dim]", soft_wrap=True)
+        _out.print(Text.assemble(f"  {_shown(command, WHOLE)}   ", (what, "dim")))
 
 
 def _nothing_done(summary: Summary) -> str:
@@ -87,19 +85,14 @@ def _outcome_table(
     from media_assets.schemas import PER_MEDIA
 
     present = [status for status in STATUSES if any(status in counts for counts in outcomes.values())]
-    table = Table(title="Items by asset and outcome", title_justify="left")
-    table.add_column("asset")
-    for status in present:
-        table.add_column(status, justify="right")
-    if computed is not None:
-        table.add_column("worked on now", justify="right")
-        table.add_column("seconds", justify="right")
+    names = ["asset", *present, *(["worked on now", "seconds"] if computed is not None else [])]
+    rows: list[list[object]] = []
     for asset in (name for name in PER_MEDIA if name in outcomes):
-        cells = [str(outcomes[asset].get(status, "")) for status in present]
+        row: list[object] = [asset, *(outcomes[asset].get(status) for status in present)]
         if computed is not None:
-            cells += [str(computed.get(asset, 0)), f"{(seconds or {}).get(asset, 0.0):.1f}"]
-        table.add_row(asset, *cells)
-    _out.print(table)
+            row += [computed.get(asset, 0), f"{(seconds or {}).get(asset, 0.0):.1f}"]
+        rows.append(row)
+    tables.show(_out, names, rows, title="Items by asset and outcome", right=names[1:])
 
 
 def _spared(facts: dict[str, int]) -> None:
@@ -114,19 +107,32 @@ def _spared(facts: dict[str, int]) -> None:
 
 def _problems(problems: Sequence[dict[str, str]]) -> None:
     for problem in problems:
-        _out.print(f"[yellow]not read:[/yellow] {_shown(problem['path'])}: {_shown(problem['reason'])}")
+        told = f"{_shown(problem['path'], WHOLE)}: {_shown(problem['reason'], 400)}"
+        _out.print(Text.assemble(("not read:", "yellow"), f" {told}"))
 
 
 def _failures(failures: Sequence[dict[str, Any]]) -> None:
     for failure in failures[:_MOST_FAILURES]:
-        name = str(failure["uri"]).rsplit("/", 1)[-1]
+        name = _shown(str(failure["uri"]).rsplit("/", 1)[-1], WHOLE)
         _out.print(
-            f"[yellow]{failure['status']}[/yellow] {failure['asset']} of {_shown(name)}"
-            f" ([bold]{failure['error_class']}[/bold]): {_shown(failure['error'], 400)}",
-            highlight=False,
+            Text.assemble(
+                (failure["status"], "yellow"),
+                f" {failure['asset']} of {name} (",
+                (str(failure["error_class"]), "bold"),
+                f"): {_shown(failure['error'], 400)}",
+            )
         )
     if len(failures) > _MOST_FAILURES:
         _out.print(f"… and {len(failures) - _MOST_FAILURES} more: media-assets status")
+
+
+def _in_flight(found: Sequence[dict[str, Any]]) -> None:
+    if not found:
+        return
+    count, runs = len({entry["media_id"] for entry in found}), sorted({entry["run_id"] for entry in found})
+    told = "1 item is" if count == 1 else f"{count} items are"
+    named = f"run{'s' if len(runs) > 1 else ''} {', '.join(runs)}"
+    _out.print(f"{told} in flight in another process ({named}); media-assets status says when it is done.")
 
 
 def _examples(library: Library) -> None:
@@ -135,20 +141,20 @@ def _examples(library: Library) -> None:
     engine = open_search(library)
     for query in example_queries(library):
         response = engine.search(query, 3)
-        _out.print(f"\n[bold]search[/bold] “{_shown(query)}”")
-        _hits(response.hits)
+        _out.print(Text.assemble(("\nsearch", "bold"), f" “{_shown(query)}”"))
+        # What fits a usual terminal for usual names: an overview that `search` gives the rest of.
+        tables.show(_out, ("when", "unit", "media_id", "file"), map(_place, response.hits), light=True)
 
 
 def _hits(hits: Sequence[Any]) -> None:
-    table = Table(box=None, pad_edge=False)
-    for name in ("score", "when", "unit", "media", "why"):
-        table.add_column(name, justify="right" if name == "score" else "left")
-    for hit in hits:
-        when = "" if hit.kind in ("image", "text") else f"{clock(hit.start_s)}–{clock(hit.end_s)}"
-        what = f"{hit.why}: {hit.snippet}" if hit.snippet else hit.why
-        name = hit.uri.rsplit("/", 1)[-1]
-        table.add_row(f"{hit.score:.3f}", when, hit.unit, _shown(name, 60), _shown(what, 100))
-    _out.print(table)
+    rows = [(f"{hit.score:.3f}", *_place(hit), f"{hit.why}: {hit.snippet}" if hit.snippet else hit.why) for hit in hits]
+    names = ("score", "when", "unit", "media_id", "file", "why")
+    tables.show(_out, names, rows, right=("score",), light=True)
+
+
+def _place(hit: Any) -> tuple[str, str, str, str]:
+    when = "" if hit.kind in ("image", "text") else f"{clock(hit.start_s)}–{clock(hit.end_s)}"
+    return when, hit.unit, hit.media_id, hit.uri.rsplit("/", 1)[-1]
 
 
 def show_hits(response: Any, as_json: bool) -> None:
@@ -159,27 +165,27 @@ def show_hits(response: Any, as_json: bool) -> None:
         print(json.dumps(asdict(response), default=_plain))
         return
     for note in response.notes:
-        _out.print(_shown(note), style="yellow")
+        _err.print(_shown(note, 400), style="yellow")
     if not response.hits:
-        _out.print("Nothing found.")
+        _err.print("Nothing found.")
         return
     _hits(response.hits)
 
 
 def show_status(library: Library, as_json: bool) -> bool:
     """Counts by asset, status and error class; False when there are no items at all."""
-    rows = library.outcomes.summary()
+    counted = library.outcomes.summary()
     live = len(library.registry.live())
     if as_json:
         notes = library.backlog.notes()
         planner = {"at": notes[0], "decisions": notes[1]} if notes else None
-        print(json.dumps({"items": live, "outcomes": rows, "planner": planner}, default=_plain))
+        print(json.dumps({"items": live, "outcomes": counted, "planner": planner}, default=_plain))
         return live > 0
     if not live:
         _out.print("No media registered yet. Start with: media-assets run FOLDER")
         return False
     outcomes: dict[str, dict[str, int]] = {}
-    for row in rows:
+    for row in counted:
         counts = outcomes.setdefault(row["asset"], {})
         counts[row["status"]] = counts.get(row["status"], 0) + row["items"]
     _out.print(f"{live} live items")
@@ -188,60 +194,52 @@ def show_status(library: Library, as_json: bool) -> bool:
         from cli.planning import show_notes
 
         show_notes(library)
-    failed = [row for row in rows if row["error_class"] and row["error_class"] != "upstream_failed"]
+    failed = [row for row in counted if row["error_class"] and row["error_class"] != "upstream_failed"]
     if failed:
-        table = Table(title="Failures by class", title_justify="left")
-        for name in ("asset", "status", "error_class", "items"):
-            table.add_column(name, justify="right" if name == "items" else "left")
-        for row in failed:
-            table.add_row(row["asset"], row["status"], row["error_class"], str(row["items"]))
-        _out.print(table)
+        names = ("asset", "status", "error_class", "items")
+        rows = [[row[name] for name in names] for row in failed]
+        tables.show(_out, names, rows, title="Failures by class", right=("items",))
         _out.print("Try them again with: media-assets retry [--asset A] [--error-class C]; one item: status MEDIA_ID")
     return True
 
 
-def show_item(library: Library, media_id: str, as_json: bool) -> bool:
-    """Everything recorded about one item; False when it is not known."""
-    rows = library.registry.live([media_id])
+def show_item(library: Library, media_id: str, as_json: bool) -> None:
+    """Everything recorded about one item. Raises UnknownMedia."""
+    asked.live_items(library, [media_id])
+    (item,) = library.registry.live([media_id])
     records = sorted(library.outcomes.load([media_id]).values(), key=lambda record: record.asset)
-    failed = EventLog(library.database).failed_run(media_id) if rows else None
+    failed = EventLog(library.database).failed_run(media_id)
     if as_json:
         from dataclasses import asdict
 
         told = {
-            "item": rows[0] if rows else None,
+            "item": item,
             "outcomes": [asdict(record) for record in records],
             "failed_run": asdict(failed) if failed else None,
         }
         print(json.dumps(told, default=_plain))
-        return bool(rows)
-    if not rows:
-        _out.print(f"No live item {_shown(media_id)}.")
-        return False
-    _out.print(f"[bold]{_shown(media_id)}[/bold]  {_shown(rows[0]['uri'], 400)}")
-    table = Table()
-    for name in ("asset", "status", "attempts", "rows", "seconds", "device", "model", "error"):
-        table.add_column(name, overflow="fold")
-    for record in records:
-        error = f"{record.error_class}: {record.error}" if record.error_class else record.error or ""
-        table.add_row(
-            record.asset,
-            str(record.status),
-            str(record.attempts),
-            str(record.rows or 0),
-            f"{record.seconds or 0:.2f}",
-            record.device or "",
-            record.model or "",
-            _shown(error, 400),
-        )
-    _out.print(table)
+        return
+    _out.print(Text.assemble((media_id, "bold"), f"  {_shown(item['uri'], WHOLE)}"))
+    names = ("asset", "status", "attempts", "rows", "seconds", "device", "model", "error")
+    tables.show(_out, names, [_recorded(record) for record in records], right=names[2:5])
     if failed is not None:
-        _out.print(
-            f"[yellow]Its last run failed[/yellow] ({failed.job} {failed.run_id}, ended"
-            f" {failed.ended_at:%Y-%m-%d %H:%M} UTC): {_shown(failed.error, 600)}",
-            highlight=False,
-        )
-    return True
+        told_of = f"({failed.job} {failed.run_id}, ended {failed.ended_at:%Y-%m-%d %H:%M} UTC)"
+        _out.print(Text.assemble(("Its last run failed", "yellow"), f" {told_of}: {_shown(failed.error, 600)}"))
+
+
+def _recorded(record: Outcome) -> tables.Row:
+    error = f"{record.error_class}: {record.error}" if record.error_class else record.error
+    seconds = f"{record.seconds or 0:.2f}"
+    return (
+        record.asset,
+        record.status,
+        record.attempts,
+        record.rows or 0,
+        seconds,
+        record.device,
+        record.model,
+        error,
+    )
 
 
 def show_table(table: pa.Table, as_json: bool) -> None:
@@ -249,13 +247,11 @@ def show_table(table: pa.Table, as_json: bool) -> None:
     if as_json:
         print(json.dumps(table.to_pylist(), default=_plain))
         return
-    drawn = Table()
-    for name in table.column_names:
-        drawn.add_column(escape(name), overflow="fold")
-    for row in table.to_pylist():
-        drawn.add_row(*(_shown(value, 300) for value in row.values()))
-    _out.print(drawn)
-    _out.print(f"{table.num_rows} rows", style="dim")
+    # By column: a query may give two of them one name.
+    rows = list(zip(*(column.to_pylist() for column in table.columns), strict=True))
+    tables.show(_out, table.column_names, rows)
+    if _out.file.isatty():
+        _out.print(f"{table.num_rows} rows", style="dim")
 
 
 def _plain(value: object) -> object:
@@ -271,10 +267,6 @@ def show_evals(evals: Sequence[dict[str, Any]], as_json: bool) -> None:
         print(json.dumps(list(evals), default=_plain))
         return
     for entry in evals:
-        table = Table(title=f"{entry['eval']}: {_shown(entry['model'])}", title_justify="left")
-        table.add_column("figure")
-        table.add_column("value", justify="right")
-        for name, value in entry["figures"].items():
-            table.add_row(_shown(name), "–" if value is None else f"{value:.4g}")
-        _out.print(table)
+        figures = [(name, "–" if value is None else f"{value:.4g}") for name, value in entry["figures"].items()]
+        tables.show(_out, ("figure", "value"), figures, title=f"{entry['eval']}: {entry['model']}", right=("value",))
         _out.print(f"{_shown(entry['baseline'], 400)}\n", style="green" if entry["passed"] else "yellow")

@@ -14,6 +14,7 @@ from rich.console import Console
 from cli.instance import open_instance
 from cli.progress import Expected, Reporter
 from resources.library import Library
+from resources.outcomes import Status
 from resources.registry import Problem, Upload, discover
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class Summary:
     problems: list[dict[str, str]] = field(default_factory=list)
     outcomes: dict[str, dict[str, int]] = field(default_factory=dict)
     failures: list[dict[str, Any]] = field(default_factory=list)
+    in_flight: list[dict[str, Any]] = field(default_factory=list)
     computed: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     facts: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -246,13 +248,16 @@ class Work:
         uris = {item.media_id: item.uri for item in items}
         records = self.library.outcomes.load(list(uris))
         seconds: dict[str, float] = {}
+        in_flight: list[dict[str, Any]] = []
         for (media_id, asset), record in sorted(records.items()):
             by_status = summary.outcomes.setdefault(asset, {})
             by_status[record.status] = by_status.get(record.status, 0) + 1
             if record.run_id in summary.runs and record.claim:
                 summary.computed[asset] = summary.computed.get(asset, 0) + 1
                 seconds[asset] = seconds.get(asset, 0.0) + (record.seconds or 0.0)
-            if not record.status.done and record.error_class != "upstream_failed":
+            if record.status is Status.RUNNING:
+                in_flight.append({"media_id": media_id, "asset": asset, "run_id": record.run_id})
+            elif not record.status.done and record.error_class != "upstream_failed":
                 summary.failures.append(
                     {
                         "media_id": media_id,
@@ -263,12 +268,15 @@ class Work:
                         "error": record.error,
                     }
                 )
+        # What a process left when it died is in flight no more: it is claimed again by whoever works on it next.
+        alive = set(self.library.outcomes.alive(sorted({entry["run_id"] for entry in in_flight})))
+        summary.in_flight = [entry for entry in in_flight if entry["run_id"] in alive]
         summary.seconds = {asset: round(spent, 3) for asset, spent in seconds.items()}
 
     def _say(self, text: str) -> None:
         if self._reporter is not None:
             self._reporter.clear()
-        self.console.print(f"[dim]{text}[/dim]", highlight=False)
+        self.console.print(text, style="dim")
 
 
 def _split(found: Any) -> tuple[list[Upload], list[Problem]]:

@@ -37,7 +37,7 @@ def tune(library: Library, tasks: Sequence[str], budget_s: float, console: Conso
         except NothingToTune as nothing:
             if tasks:
                 raise
-            console.print(f"{stage.name} is not tuned: {nothing}", highlight=False, soft_wrap=True)
+            console.print(f"{stage.name} is not tuned: {nothing}")
     if not found:
         raise NothingToTune("No stage could be tuned.")
     return found
@@ -47,14 +47,14 @@ def _tuned(library: Library, stage: Stage[Any, Any], budget_s: float, console: C
     from media_assets.tuning import best_of, sample, trials
     from resources.tuning import device_name, record
 
-    console.print(f"{stage.name}: preparing inputs and loading models", highlight=False)
+    console.print(f"{stage.name}: preparing inputs and loading models")
     units = sample(library, stage)
     stage.load()
     tried = []
     for trial in trials(stage, units, budget_s):
         tried.append(trial)
         said = trial.stopped or f"{trial.units_per_s:.2f} per second"
-        console.print(f"{stage.name}: {trial.batch_size} per call, {said}", highlight=False)
+        console.print(f"{stage.name}: {trial.batch_size} per call, {said}")
     best = best_of(tried)
     record(library.settings, stage.specs(), best)
     return {

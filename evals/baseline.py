@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from evals.golden import Golden, GoldenSetError
 from evals.result import Better, EvalResult, Figure, safe_name
+from resources import handwritten
 from resources.files import replacing
 
 SHIPPED = Path(__file__).with_name("baselines")
@@ -53,13 +54,20 @@ class Baseline(BaseModel):
         Raises GoldenSetError when the file cannot be used.
         """
         for folder in (home_folder(home), SHIPPED):
-            path = path_of(folder, golden.name)
-            if path.exists():
-                try:
-                    return cls.model_validate_json(path.read_text(encoding="utf-8"))
-                except (OSError, ValueError) as error:
-                    raise GoldenSetError(f"The baseline {path} cannot be used: {error}.", "Store it anew.") from error
+            if (found := cls.read(path_of(folder, golden.name))) is not None:
+                return found
         return None
+
+    @classmethod
+    def read(cls, path: Path) -> Self | None:
+        """The baseline in a file; None where there is none. Raises GoldenSetError when it cannot be used."""
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            said = handwritten.reason(error)
+            raise GoldenSetError(f"The baseline {path} cannot be used: {said}.", "Mend or remove it.") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +123,7 @@ def store_baseline(results: Iterable[EvalResult], folder: Path) -> list[Path]:
 
 def _store(name: str, digest: str, results: Sequence[EvalResult], folder: Path) -> Path:
     path = path_of(folder, name)
-    before = Baseline.model_validate_json(path.read_text(encoding="utf-8")) if path.exists() else None
+    before = Baseline.read(path)
     evals = dict(before.evals) if before is not None and before.digest == digest else {}
     for result in results:
         kept = evals[result.name].figures if result.name in evals else {}

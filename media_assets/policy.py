@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -20,9 +19,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from media_assets.taxonomy import LABELS, NO_FINDING
+from resources import handwritten
 from resources.errors import MediaError
 
 DEFAULT_POLICY = Path(__file__).with_name("policy.toml")
@@ -145,9 +145,9 @@ def load_policy(home: Path) -> Policy:
 def read_policy(path: Path) -> Policy:
     """The policy in a file. Raises PolicyError."""
     try:
-        return Policy.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, ValidationError) as error:
-        raise PolicyError(f"Policy {path} cannot be used: {error}") from error
+        return Policy.model_validate(handwritten.read_toml(path))
+    except (OSError, ValueError) as error:
+        raise PolicyError(f"Policy {path} cannot be used: {handwritten.reason(error)}.") from error
 
 
 @dataclass(frozen=True, slots=True)

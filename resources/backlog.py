@@ -197,10 +197,11 @@ class Backlog:
                 .values(state="running", run_id=run_id)
             )
 
-    def ended(self, batch_id: int, state: str, retry_base_s: float) -> int:
+    def ended(self, batch_id: int, state: str, retry_base_s: float, run_id: str | None = None) -> int:
         """Close a batch as `finished`, `failed` or `lost` and free its uploads; returns how many those are.
 
-        After a failure they wait, twice as long each time, one hour at most.
+        `run_id` is its run, which may have ended before anybody saw it start. After a failure the uploads wait,
+        twice as long each time, one hour at most.
         """
         delay = sa.func.least(
             _LONGEST_BACKOFF_S,
@@ -211,7 +212,7 @@ class Backlog:
             closed = connection.execute(
                 sa.update(batches)
                 .where(batches.c.id == batch_id, batches.c.state.in_(OPEN))
-                .values(state=state, finished_at=sa.func.now())
+                .values(state=state, finished_at=sa.func.now(), run_id=run_id or batches.c.run_id)
             )
             if closed.rowcount == 0:
                 return 0

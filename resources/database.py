@@ -13,7 +13,8 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
 
 from resources import embedded_postgres
-from resources.errors import DatabaseUnavailable, MediaError
+from resources.database_url import psycopg2_url
+from resources.errors import DatabaseUnavailable, MediaError, printable
 from resources.records import REVISION, library_state
 from resources.settings import Settings
 
@@ -128,7 +129,7 @@ class Database:
         Records of one library with files of another would claim what is not there.
         """
         statement = insert(library_state).values(name="storage", value=storage).on_conflict_do_nothing()
-        with self.engine.begin() as connection:
+        with _answering(), self.engine.begin() as connection:
             connection.execute(statement)
             kept = connection.execute(
                 sa.select(library_state.c.value).where(library_state.c.name == "storage")
@@ -181,18 +182,38 @@ class Database:
         self.transitions.dispose()
 
 
-def psycopg2_url(url: str) -> str:
-    """`url` with the driver named: a bare postgresql:// would mean psycopg 3 to SQLAlchemy 2.1."""
-    scheme, rest = url.split("://", 1)
-    return f"postgresql+psycopg2://{rest}" if scheme in ("postgres", "postgresql") else url
+def explained(error: BaseException) -> DatabaseUnavailable | None:
+    """What an error of SQLAlchemy or the driver says of the database as a whole: gone, full, or closed to this user.
+
+    None for any other error, such as a statement that is wrong.
+    """
+    from psycopg2 import InterfaceError, OperationalError, errors, extensions  # type: ignore[import-untyped]
+
+    raw = getattr(error, "orig", None) or error
+    said = printable(next(iter(str(raw).strip().splitlines()), type(raw).__name__), 300).rstrip(".")
+    if isinstance(raw, errors.InsufficientPrivilege):
+        return DatabaseUnavailable(f"The database refuses: {said}.", "Give the user of MEDIA_DATABASE_URL that right.")
+    if isinstance(raw, errors.ReadOnlySqlTransaction):
+        return DatabaseUnavailable(
+            f"The database refuses: {said}.", "Have MEDIA_DATABASE_URL name a server that writes."
+        )
+    if isinstance(raw, errors.DiskFull):
+        return DatabaseUnavailable(f"The database cannot write: {said}.", "Free space on its disk.")
+    if isinstance(raw, extensions.TransactionRollbackError | errors.QueryCanceled):
+        return None  # a deadlock is a defect, not a database that is gone
+    if isinstance(raw, OperationalError | InterfaceError) or getattr(error, "connection_invalidated", False):
+        return DatabaseUnavailable(f"The database does not answer: {said}.")
+    return None
 
 
 @contextmanager
 def _answering() -> Iterator[None]:
     try:
         yield
-    except sa.exc.OperationalError as error:
-        raise DatabaseUnavailable(f"The database does not answer: {str(error.orig).splitlines()[0]}.") from error
+    except sa.exc.DBAPIError as error:
+        if (told := explained(error)) is None:
+            raise
+        raise told from error
 
 
 def upgrade(engine: sa.Engine, revision: str = "head") -> None:

@@ -8,6 +8,7 @@ long path lies where any of them becomes superuser of the database.
 from __future__ import annotations
 
 import atexit
+import errno
 import fcntl
 import logging
 import os
@@ -29,6 +30,7 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from resources.errors import DatabaseUnavailable
+from resources.files import FolderUnusable, made
 
 START_TIMEOUT_S = 300  # recovery after a crash included
 STARTS, START_PAUSE_S = 3, 1.0  # what a killed server leaves behind may take a moment to end
@@ -52,12 +54,13 @@ def serve(folder: Path) -> str:
     """URL of the PostgreSQL server with its data in `folder`, which is made and started where needed.
 
     The server stays while a process that called this lives; the last one stops it at its exit. The next to exit stops
-    it where the last one was killed. Raises DatabaseUnavailable.
+    it where the last one was killed. Raises DatabaseUnavailable, and FolderUnusable for a home that cannot be made or
+    written.
     """
     server = _Server(Path(os.path.realpath(folder)))
     try:
         with _starting:
-            server.folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            made(server.folder.parent, mode=0o700)
             if server.folder not in _used:
                 _used[server.folder] = _lock(server.users_file, fcntl.LOCK_SH)
                 atexit.register(_release, server, os.getpid())
@@ -65,8 +68,11 @@ def serve(folder: Path) -> str:
                 server.make()
                 return server.start()
     except OSError as error:
-        reason = f"{error.strerror or error}: {error.filename or folder}"
-        raise DatabaseUnavailable(f"The embedded PostgreSQL server cannot be run in {folder}: {reason}.") from error
+        told = f"The embedded PostgreSQL server cannot be run in {folder}"
+        told = f"{told}: {error.strerror or error}: {error.filename or folder}."
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise FolderUnusable(told) from error
+        raise DatabaseUnavailable(told) from error
 
 
 @cache
@@ -142,9 +148,8 @@ class _Server:
             cwd=new,
         )
         if done.returncode:
-            raise DatabaseUnavailable(
-                f"The embedded PostgreSQL server cannot be made in {self.folder}: {_last_line(done.stdout)}"
-            )
+            said = _last_line(done.stdout)
+            raise _unavailable(f"The embedded PostgreSQL server cannot be made in {self.folder}: {said}")
         new.rename(self.folder)
 
     def start(self) -> str:
@@ -163,9 +168,8 @@ class _Server:
                 return _url(server.socket_folder)
             else:  # another process started or stopped it
                 time.sleep(_POLL_S)
-        raise DatabaseUnavailable(
-            f"The embedded PostgreSQL server did not start in {self.folder}: {_last_line(self._log_end())}"
-        )
+        said = _last_line(self._log_end())
+        raise _unavailable(f"The embedded PostgreSQL server did not start in {self.folder}: {said}")
 
     def _start(self) -> None:
         (self.folder / "postmaster.pid").unlink(missing_ok=True)  # of a server that is gone; its PID may be in use
@@ -334,6 +338,10 @@ def _private(path: str, flags: int) -> int:
         owner = os.stat(os.path.dirname(path))
         os.fchown(descriptor, owner.st_uid, owner.st_gid)
     return descriptor
+
+
+def _unavailable(told: str) -> DatabaseUnavailable:
+    return DatabaseUnavailable(told, "Free space on that disk." if os.strerror(errno.ENOSPC) in told else None)
 
 
 def _last_line(output: bytes) -> str:

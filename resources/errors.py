@@ -158,6 +158,12 @@ def remedy_of(error_class: str) -> str:
     return MediaError.remedy
 
 
+def of_items() -> tuple[str, ...]:
+    """Codes of the errors of this module that an item may end in."""
+    kinds = [kind for kind in globals().values() if isinstance(kind, type) and issubclass(kind, MediaError)]
+    return tuple(kind.code for kind in kinds if kind not in (MediaError, DatabaseUnavailable))
+
+
 class NotApplicable(Exception):
     """Raised by a stage's prepare: the asset has no meaning for this item (a transcript of a photo).
 

@@ -12,12 +12,13 @@ from sqlalchemy.dialects.postgresql import insert
 
 from resources.backlog import Backlog
 from resources.database import Database
+from resources.errors import printable
 from resources.models.registry import ModelRegistry
 from resources.object_store import location
 from resources.outcomes import OutcomeStore
 from resources.records import library_state
 from resources.registry import Registry
-from resources.settings import Settings
+from resources.settings import BadSettings, Settings
 from resources.storage import DerivedStore
 
 
@@ -38,9 +39,14 @@ class Library:
 
     @cached_property
     def store(self) -> DerivedStore:
-        """Tables of derived artifacts."""
+        """Tables of derived artifacts. Raises BadSettings for a storage_url of no known kind."""
         settings = self.settings
-        root = location(settings.storage_url or settings.home / "derived", settings.s3)
+        try:
+            root = location(settings.storage_url or settings.home / "derived", settings.s3)
+        except (ValueError, ImportError) as error:
+            scheme = (settings.storage_url or "").partition("://")[0]
+            told = f"Wrong settings: storage_url: {scheme}:// cannot be used: {printable(str(error), 200)}."
+            raise BadSettings(told, "Set MEDIA_STORAGE_URL to a folder or to s3://bucket/prefix.") from error
         return DerivedStore(root, settings.s3.part_bytes)
 
     @cached_property

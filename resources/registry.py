@@ -30,6 +30,13 @@ _CHUNK = 5000
 _FILE_SCHEME = "file://"
 
 
+class UnknownMedia(MediaError):
+    """No live media item has this ID, or it lacks what was asked of it."""
+
+    code, http_status = "unknown_media", 404
+    remedy = '`media-assets search` and `media-assets sql "select media_id, uri from media"` show IDs.'
+
+
 @dataclass(frozen=True, slots=True)
 class Upload:
     """One version of a media file as discovered. `uri` is the absolute path or the URL, always valid UTF-8.

@@ -6,15 +6,19 @@ import os
 import re
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import SettingsError as VariableError
 
+from resources import database_url, handwritten
+from resources.errors import MediaError
 from resources.process import usable_cpus
 
 HOME_VARIABLE = "MEDIA_HOME"
+FILE = "settings.toml"
 _NAME = r"^[a-z][a-z0-9_]*$"
 _PREFIX, _DEEPER = "MEDIA_", "__"
 _NO_SETTINGS = frozenset(
@@ -31,6 +35,20 @@ _NO_SETTINGS = frozenset(
 """Variables of the project that are read elsewhere: tests, deployments."""
 _OF_SERVICES = re.compile(r"_SERVICE_(HOST|PORT(_\w+)?)$|_PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?$")
 """What Kubernetes puts into every container for each service of its namespace, here for one called `media-…`."""
+
+
+class BadSettings(MediaError):
+    """`settings.toml` or a variable cannot be used; the message names it and what is wrong, never its value."""
+
+    code, http_status = "bad_settings", 500
+    remedy = "docs/settings.md lists the settings."
+
+
+def _checked_http(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("must begin with http:// or https:// and name a host")
+    return url
 
 
 class _Section(BaseModel):
@@ -117,6 +135,11 @@ class S3(_Section):
         "when_supported", description="CRC32 with every request; when_required for stores that refuse it"
     )
 
+    @field_validator("endpoint_url")
+    @classmethod
+    def _http(cls, url: str | None) -> str | None:
+        return url and _checked_http(url)
+
 
 class Ingestion(_Section):
     """Where uploads come from. The sensors whose source is not set skip with that reason."""
@@ -137,6 +160,11 @@ class Ingestion(_Section):
     inventory_every_s: float = Field(3600.0, ge=0, description="pause between two full listings of a prefix, seconds")
     inventory_page: int = Field(1000, ge=1, le=1000, description="keys per page of a listing")
     tick_budget_s: float = Field(25.0, gt=0, lt=55, description="wall time of one tick; Dagster ends it at 60, seconds")
+
+    @field_validator("queue_endpoint_url")
+    @classmethod
+    def _http(cls, url: str | None) -> str | None:
+        return url and _checked_http(url)
 
     @field_validator("folders")
     @classmethod
@@ -225,9 +253,8 @@ class Alerts(_Section):
     @field_validator("webhook_url")
     @classmethod
     def _http(cls, url: SecretStr | None) -> SecretStr | None:
-        parts = urlsplit(url.get_secret_value()) if url else None
-        if parts and (parts.scheme not in ("http", "https") or not parts.hostname):
-            raise ValueError("must begin with http:// or https:// and name a host")
+        if url:
+            _checked_http(url.get_secret_value())
         return url
 
 
@@ -322,15 +349,27 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the signature is the library's
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Arguments, then environment, then <home>/settings.toml."""
+        """Arguments, then environment, then <home>/settings.toml. Raises BadSettings where that cannot be read."""
         home = Path(init_settings().get("home") or os.environ.get(HOME_VARIABLE) or "var")
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, home / "settings.toml")
+        return init_settings, env_settings, InitSettingsSource(settings_cls, _written(home / FILE))
 
     @classmethod
     def load(cls, home: Path | str | None = None) -> Self:
-        """Settings of `home` (default: $MEDIA_HOME, then ./var), with the home made absolute."""
+        """Settings of `home` (default: $MEDIA_HOME, then ./var), with the home made absolute. Raises BadSettings."""
         chosen = Path(home or os.environ.get(HOME_VARIABLE) or "var").absolute()
-        return cls(home=chosen)
+        try:
+            return cls(home=chosen)
+        except ValidationError as error:
+            raise BadSettings(f"Wrong settings: {'; '.join(_told(error, chosen / FILE))}.") from error
+        except VariableError as error:
+            raise BadSettings(_not_json(str(error))) from error
+
+    @field_validator("database_url")
+    @classmethod
+    def _postgres(cls, url: str | None) -> str | None:
+        if url:
+            database_url.check(url)
+        return url
 
     @model_validator(mode="after")
     def _no_variable_is_misspelt(self) -> Self:
@@ -378,3 +417,36 @@ def variables(model: type[BaseModel], prefix: str = _PREFIX) -> set[str]:
 
 def _section_of(annotation: object) -> type[BaseModel] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _written(path: Path) -> dict[str, Any]:
+    """What settings.toml says; nothing where there is none. Raises BadSettings."""
+    try:
+        return handwritten.read_toml(path)
+    except (FileNotFoundError, NotADirectoryError):  # a home that cannot be made is told when something is kept in it
+        return {}
+    except (OSError, ValueError) as error:
+        raise BadSettings(f"{path} cannot be used: {handwritten.reason(error)}.", "Mend or remove it.") from error
+
+
+def _told(error: ValidationError, path: Path) -> list[str]:
+    """Each problem, with the variable or the file that it comes from."""
+    places = [_place([str(part) for part in found["loc"]], path) for found in error.errors(include_input=False)]
+    return [f"{told} ({place})" for told, place in zip(handwritten.problems(error), places, strict=True)]
+
+
+def _place(setting: list[str], path: Path) -> str:
+    """Where a setting was set: variables win over the file; a contradiction may come from either."""
+    given = {name.upper(): name for name in os.environ}
+    for length in range(len(setting), 0, -1):
+        if name := given.get(_PREFIX + _DEEPER.join(setting[:length]).upper()):
+            return f"variable {name}"
+    return f"in {path}" if setting else f"in {path} or the {_PREFIX}… variables"
+
+
+def _not_json(said: str) -> str:
+    """A variable of a list or a section that is no JSON: the library names the setting alone."""
+    named = re.search(r'field "(\w+)"', said)
+    start = _PREFIX + (named[1].upper() if named else "")
+    given = sorted(name for name in os.environ if name.upper().startswith(start))
+    return f"The value of {' or '.join(given)} is not the JSON that its setting needs."

@@ -69,8 +69,9 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     try:
         entries = json.loads(path.read_text())
         for entry in entries.values():
-            if int(Tuned(**entry).batch_size) < 1:
-                raise ValueError("a batch of nothing")
+            size = Tuned(**entry).batch_size
+            if not isinstance(size, int) or size < 1:
+                raise ValueError("no number of units")
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise TuningUnreadable(f"{path} cannot be read ({type(error).__name__}).") from error
     return dict(entries)

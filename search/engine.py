@@ -33,7 +33,8 @@ from media_assets.index_shard import (
 )
 from resources import views
 from resources.catalog_files import arrow_path, filesystem
-from resources.errors import MediaError
+from resources.errors import MediaError, printable
+from resources.registry import UnknownMedia
 from resources.storage import DerivedStore
 
 RANK_OFFSET = 60  # of reciprocal rank fusion, as published
@@ -53,13 +54,6 @@ class BadSearch(MediaError):
 
     code, http_status = "bad_search", 400
     remedy = "Ask with a few words, such as: a red car in the rain."
-
-
-class UnknownMedia(MediaError):
-    """No live media item has this ID, or it has no vectors in the index."""
-
-    code, http_status = "unknown_media", 404
-    remedy = "`media-assets status` lists the items; materialize their embeddings and the index."
 
 
 class ModelMismatch(MediaError):
@@ -229,7 +223,7 @@ class SearchEngine:
         limit = _checked_limit(limit)
         opened, texts = self._refreshed()
         if media_id not in texts.media:
-            raise UnknownMedia("No live media item has this ID.")
+            raise UnknownMedia(f"No live item {printable(media_id, 100)} has been processed.")
         for space in (VISUAL, JOINT):
             shards = [spaces.spaces[space] for spaces in opened if space in spaces.spaces]
             model, vectors = self._vectors(media_id, space)
@@ -237,7 +231,8 @@ class SearchEngine:
             if usable and len(vectors):
                 break
         else:
-            raise UnknownMedia("This item has no vectors of the index's model.")
+            remedy = "Materialize its embeddings and the index: media-assets run."
+            raise UnknownMedia(f"{media_id} has no vectors of the index's model.", remedy)
         depth = max(50, 5 * limit) + len(vectors)
         nearest = _nearest(usable, vectors, depth, "all", "looks alike")
         ranking = [match for match in nearest if match.media_id != media_id]

@@ -105,7 +105,7 @@ def follow(library: Library, instance: dg.DagsterInstance) -> list[Batch]:
         elif run.is_finished:
             if not run.is_success and library.settings.partitions == "media":  # of buckets, runs report sums alone
                 report_lost(library, instance, run.run_id, library.backlog.members(batch.id))
-            library.backlog.ended(batch.id, "finished" if run.is_success else "failed", base)
+            library.backlog.ended(batch.id, "finished" if run.is_success else "failed", base, run.run_id)
         else:
             library.backlog.started(batch.id, run.run_id)
     return again

@@ -22,6 +22,7 @@ import sqlalchemy as sa
 
 from resources import embedded_postgres
 from resources.errors import DatabaseUnavailable
+from resources.files import FolderUnusable
 from tests.conftest import HERE
 
 IS_ROOT = os.geteuid() == 0
@@ -285,7 +286,6 @@ def test_a_copy_that_root_made_serves(tmp_path: Path, temporary: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (lambda home: home.write_text("a file"), "File exists"),
         (lambda home: home.mkdir() or (home / "postgres.lock").symlink_to("/etc/hostname"), "symbolic links"),
         (lambda home: (home / "postgres").mkdir(parents=True) or (home / "postgres" / "x").touch(), "not empty"),
         (lambda home: (home / "postgres").mkdir(parents=True) or version(home, "9.6"), "PostgreSQL 9.6"),
@@ -293,11 +293,18 @@ def test_a_copy_that_root_made_serves(tmp_path: Path, temporary: Path) -> None:
     ],
 )
 def test_a_server_that_cannot_run_is_one_sentence(spoil: Callable[[Path], object], said: str, tmp_path: Path) -> None:
-    """Given a home that is a file, holds something else, or damaged data, then the error says which and what."""
+    """Given a home that holds something else, or damaged data, then the error says which and what."""
     spoil(tmp_path / "home")
     with pytest.raises(DatabaseUnavailable, match=said) as raised:
         embedded_postgres.serve(tmp_path / "home" / "postgres")
     assert str(tmp_path / "home" / "postgres") in str(raised.value) or "PostgreSQL 9.6" in str(raised.value)
+
+
+def test_a_server_below_a_home_that_is_none_is_one_sentence(tmp_path: Path) -> None:
+    """Given a home that is a file, then the error says that the home is what is wrong."""
+    (tmp_path / "home").write_text("a file")
+    with pytest.raises(FolderUnusable, match=f"folder {tmp_path / 'home'} cannot be made: File exists"):
+        embedded_postgres.serve(tmp_path / "home" / "postgres")
 
 
 def version(home: Path, name: str) -> None:

@@ -360,7 +360,7 @@ def test_status_tells_counts_and_one_item(installation: Installation, media: dic
     item = installation.json("status", media["film.mp4"]["media_id"])
     assert {record["asset"] for record in item["outcomes"]} == set(ASSETS)
     assert all(record["seconds"] is not None for record in item["outcomes"])
-    installation.json("status", "no-such-item", code=4)
+    assert installation.call("status", "no-such-item", "--json", code=4) == ""
 
 
 def test_sql_is_read_only_and_says_what_is_wrong(installation: Installation, first: dict[str, Any]) -> None:

@@ -331,7 +331,8 @@ def test_what_claims_an_outcome_unsettles_its_upload(library: Library) -> None:
 
 
 def test_the_batches_follow_their_runs(library: Library) -> None:
-    """Given runs that are going, done, failed and missing, then their batches say so and one is asked again."""
+    """Given runs that are going, done, failed and missing, then their batches say so and name them, be it that a run
+    was over before the first look, and one is asked again."""
     planner = configure(library, PlannerSettings(max_in_flight=9, lost_after_s=300), batch_items=1)
     register(library, "a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg")
     ids = [batch.id or 0 for batch in planner.tick().batches]
@@ -342,15 +343,29 @@ def test_the_batches_follow_their_runs(library: Library) -> None:
 
     states = [dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE]
     with dg.DagsterInstance.ephemeral() as instance:
-        for batch_id, status in zip(ids, states, strict=False):
-            instance.create_run_for_job(nothing, status=status, tags={"media/batch": str(batch_id)})
+        runs = [
+            instance.create_run_for_job(nothing, status=status, tags={"media/batch": str(batch_id)}).run_id
+            for batch_id, status in zip(ids, states, strict=False)
+        ]
         with library.database.engine.begin() as connection:
             aged = "update batches set created_at = now() - make_interval(secs => :age) where id = :id"
             connection.execute(sa.text(aged), [{"id": ids[3], "age": 60}, {"id": ids[4], "age": 600}])
         (again,) = follow(library, instance)
     assert (again.id, len(again.keys)) == (ids[3], 1)
-    recorded = {batch.id: batch.state for batch in library.backlog.recent_batches()}
-    assert [recorded[i] for i in ids] == ["running", "finished", "failed", "requested", "lost"]
+    recorded = {batch.id: batch for batch in library.backlog.recent_batches()}
+    assert [recorded[i].state for i in ids] == ["running", "finished", "failed", "requested", "lost"]
+    assert [recorded[i].run_id for i in ids] == [*runs, None, None]
+
+
+def test_a_batch_keeps_its_run_to_the_end(library: Library) -> None:
+    """Given a batch whose run was seen to start, when it is closed without naming the run, then it names it still."""
+    planner = configure(library)
+    register(library, "a.jpg")
+    (batch,) = planner.tick().batches
+    assert batch.id is not None
+    library.backlog.started(batch.id, "run")
+    library.backlog.ended(batch.id, "lost", 0.0)
+    assert [found.run_id for found in library.backlog.recent_batches()] == ["run"]
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ from media_assets.partitions import MEDIA, add_partitions, explicit_batch_tags
 from resources.library import Library
 from resources.outcomes import EVALUATION
 from resources.records import purges
-from resources.registry import Removal, Upload, discover
+from resources.registry import Removal, UnknownMedia, Upload, discover
 from resources.settings import Engine, Settings
 from resources.views import query
 from tests.shelf import fill, put, rebuild
@@ -424,7 +424,8 @@ def test_unknown_items_and_unconfirmed_purges_change_nothing(home: Home) -> None
     """Given an unknown ID, or nobody who confirms, then the exit code says so and nothing is purged."""
     media_id = put(home.library, "kept.mp3", "orchard", "f" * 64)
     known = {"yes": True, "with_duplicates": False, "as_json": False, "console": QUIET}
-    assert purge(home.library, [media_id, "no-such-item"], **known) is Exit.NOTHING_FOUND  # type: ignore[arg-type]
+    with pytest.raises(UnknownMedia, match="No media item no-such-item; nothing was purged"):
+        purge(home.library, [media_id, "no-such-item"], **known)  # type: ignore[arg-type]
     assert purge(home.library, [media_id], **{**known, "yes": False}) is Exit.USAGE  # type: ignore[arg-type]
     assert home.library.registry.known([media_id]) == {media_id: "live"}
 

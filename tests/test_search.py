@@ -16,8 +16,9 @@ from media_assets import schemas
 from media_assets.catalog import compact
 from media_assets.index_shard import Vectors, build
 from resources import views
+from resources.registry import UnknownMedia
 from resources.storage import DerivedStore
-from search.engine import BadSearch, LazyEncoder, ModelMismatch, SearchEngine, UnknownMedia
+from search.engine import BadSearch, LazyEncoder, ModelMismatch, SearchEngine
 
 MODEL = "clip@111111111111"
 CONCEPTS = ("truck", "cat", "rain", "budget", "fire", "sea", "music", "noise")
@@ -179,7 +180,7 @@ def test_similar_finds_items_that_look_alike_but_not_the_item_itself(library: Li
     assert response.hits[0].media_id == "street"
     assert response.hits[0].similarity == pytest.approx(2**-0.5, abs=1e-5)
     assert "traffic" not in {hit.media_id for hit in response.hits}
-    with pytest.raises(UnknownMedia, match="No live media item"):
+    with pytest.raises(UnknownMedia, match="No live item nobody"):
         library.engine().similar("nobody'; drop table media; --")
 
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 import threading
 import time
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from resources import handwritten
 from resources.errors import ModelUnavailable, not_loaded
 from resources.faults import fault
 from resources.models.screens import SCREENS, Screen, read_screens
@@ -26,6 +26,7 @@ CATALOGUE = Path(__file__).with_name("models.toml")
 ROUTES = "routes"
 """The key of a profile that holds its routes; besides it and SCREENS, every one is a task."""
 
+_MEND = "Mend the file, or remove it to use the shipped models."
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
@@ -257,25 +258,50 @@ class ModelRegistry:
 def _read(
     path: Path, profile: str
 ) -> tuple[dict[str, tuple[ModelSpec, ...]], dict[str, Route], dict[str, tuple[Screen, ModelSpec]]]:
-    document = tomllib.loads(path.read_text())
+    try:
+        document = handwritten.read_toml(path)
+    except (OSError, ValueError) as error:
+        raise ModelUnavailable(f"{path} cannot be used: {handwritten.reason(error)}.", _MEND) from error
     if profile not in document:
         raise ModelUnavailable(f"{path.name} has no profile {profile}.", f"It has: {', '.join(document)}.")
-    tasks = dict(document[profile])
+    tasks = dict(_tables(document, profile, path))
     declared, screens = tasks.pop(ROUTES, []), tasks.pop(SCREENS, [])
-    specs = {task: tuple(ModelSpec(task=task, **entry) for entry in entries) for task, entries in tasks.items()}
+    specs = {task: tuple(_spec(task, entry, path) for entry in entries) for task, entries in tasks.items()}
     routes = [_route(entry, specs, path) for entry in declared]
     if len({route.task for route in routes}) < len(routes):
         raise ModelUnavailable(f"{path.name} has two routes for one task in profile {profile}.", "Keep one of them.")
     return specs, {route.task: route for route in routes if route.enabled}, read_screens(screens, specs, path)
 
 
+def _tables(document: Mapping[str, Any], profile: str, path: Path) -> dict[str, list[dict[str, Any]]]:
+    """The arrays of tables of a profile, by task."""
+    tasks = document[profile]
+    for task, entries in tasks.items() if isinstance(tasks, dict) else [("TASK", None)]:
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            what = f"[[{profile}.{task}]]"
+            raise ModelUnavailable(f"{path} cannot be used: each entry is a table of its own, headed {what}.", _MEND)
+    return dict(tasks)
+
+
+def _spec(task: str, entry: Mapping[str, Any], path: Path) -> ModelSpec:
+    try:
+        if "task" in entry:
+            raise ValueError("task: the name of its table says it")
+        return ModelSpec.model_validate({"task": task, **entry})
+    except ValueError as error:
+        name = entry.get("name", "without a name")
+        raise ModelUnavailable(
+            f"{path} cannot be used: model {name} of task {task}: {handwritten.reason(error)}.", _MEND
+        ) from error
+
+
 def _route(entry: Mapping[str, Any], specs: Mapping[str, Sequence[ModelSpec]], path: Path) -> Route:
     try:
-        route = Route(**entry)
+        route = Route.model_validate(entry)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}".removeprefix(": ") for e in error.errors())
         raise ModelUnavailable(
-            f"A route of {path.name} ({entry.get('task', 'without a task')}) is wrong: {problems}.", "Mend the route."
+            f"A route of {path.name} ({entry.get('task', 'without a task')}) is wrong: {handwritten.reason(error)}.",
+            "Mend the route.",
         ) from error
     known = [spec.name for spec in specs.get(route.task, ())]
     if unknown := [name for name in (*route.models, *route.fallback) if name not in known]:

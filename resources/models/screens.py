@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from resources import handwritten
 from resources.errors import ModelUnavailable
 
 if TYPE_CHECKING:
@@ -58,11 +59,11 @@ def read_screens(
 
 def _screen(entry: Mapping[str, Any], specs: Mapping[str, Sequence[ModelSpec]], path: Path) -> tuple[Screen, ModelSpec]:
     try:
-        screen = Screen(**entry)
+        screen = Screen.model_validate(entry)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise ModelUnavailable(
-            f"A screen of {path.name} ({entry.get('task', 'without a task')}) is wrong: {problems}.", "Mend the screen."
+            f"A screen of {path.name} ({entry.get('task', 'without a task')}) is wrong: {handwritten.reason(error)}.",
+            "Mend the screen.",
         ) from error
     if not specs.get(screen.task):
         raise ModelUnavailable(
