@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import dagster as dg
 import pytest
@@ -24,7 +26,7 @@ from resources.registry import Upload
 from resources.settings import Compute, Engine, GroupNeeds, Settings
 from resources.settings import Planner as PlannerSettings
 from sensors.intervals import stay_s
-from sensors.planner import build_planner_sensor, follow, request
+from sensors.planner import _decide, build_planner_sensor, follow, request
 from tests.conftest import SILENT
 
 PASSING = Failure("model_failed", "The model did not answer.", retryable=True)
@@ -437,6 +439,24 @@ def test_a_claim_during_the_planners_look_is_not_hidden(library: Library) -> Non
     assert library.outcomes.reset([reset], ["audio"], finished=True) == 1
     library.backlog.settle(keys, planner.plan, read_at)
     assert {upload.media_id for upload in library.backlog.waiting(planner.plan, 10)} == {claimed, reset}
+
+
+def test_a_tick_that_launches_nothing_writes_no_log(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given nothing to do, then the reason to skip says so and the tick has no log, which would be a file; a tick that
+    launches something says why in its log."""
+    planner = configure(library)
+    lines: list[str] = []
+    monkeypatch.setattr("sensors.planner.rebuild_request", lambda _: None)
+    with dg.DagsterInstance.ephemeral() as instance:
+        context: Any = SimpleNamespace(instance=instance, log=SimpleNamespace(info=lines.append))
+        skipped, _ = _decide(context, library, planner)
+        assert isinstance(skipped, dg.SkipReason)
+        assert "backlog: 0 uploads ready" in (skipped.skip_message or "")
+        assert lines == []
+        register(library, "a.jpg")
+        asked, _ = _decide(context, library, planner)
+        assert isinstance(asked, dg.SensorResult)
+        assert any(line.startswith("decode: batch ") for line in lines)
 
 
 @pytest.mark.parametrize("finished", [[], ["a.jpg"]], ids=["an empty library", "an item just finished"])

@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -35,7 +36,7 @@ from resources.outcomes import Status
 from resources.registry import Problem, Registry, Removal, Upload, discover
 from resources.settings import S3, Ingestion, Limits, Settings
 from resources.storage import DerivedStore
-from sensors.s3_inventory import build_s3_inventory_sensor
+from sensors.s3_inventory import build_s3_inventory_sensor, sentence
 from tests import s3_server
 from tests.s3_server import Proxy
 from tests.test_engine import Bench, by_key, items
@@ -530,3 +531,26 @@ def test_shards_are_swapped_on_s3(s3: S3, bucket: str, endpoint: str) -> None:
     assert serving(store) == {"m-002", "m-003"}
     listed = s3_server.client(endpoint).list_objects_v2(Bucket=bucket, Prefix="derived/index/000/")["Contents"]
     assert len({entry["Key"].split("/")[3] for entry in listed} - {"CURRENT"}) == 2
+
+
+def test_an_inventory_between_passes_writes_no_log(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given ticks between passes, then one that found nothing has no log, which would be a file; one that found
+    something, or ended a pass, has."""
+    prefix = "s3://bucket/"
+    library.settings = library.settings.model_copy(update={"ingestion": Ingestion(prefixes=(prefix,))})
+    sensor = build_s3_inventory_sensor(library.settings)
+    logged: list[str] = []
+    monkeypatch.setattr(dg.SensorEvaluationContext, "log", SimpleNamespace(info=logged.append, error=logged.append))
+    for report, lines in (
+        (Report(prefix, pages=1, between=True), 0),
+        (Report(prefix, pages=1, new=1, between=True), 1),
+        (Report(prefix, pages=2, finished=True), 1),
+        (Report(prefix, error="No such bucket.", between=True), 1),
+    ):
+        logged.clear()
+        monkeypatch.setattr(Inventory, "tick", lambda *_, one=report: (Cursor(), [one]))
+        with dg.DagsterInstance.ephemeral() as instance:
+            result = sensor(dg.build_sensor_context(instance, resources={"media": library}))
+        assert len(logged) == lines
+        assert isinstance(result, dg.SensorResult)
+        assert sentence(report) in str(result.skip_reason)
