@@ -293,4 +293,4 @@ def _split(found: Any) -> tuple[list[Upload], list[Problem]]:
 def _shown(path: str) -> str:
     from resources.errors import printable
 
-    return printable(path)
+    return printable(path, 4096)

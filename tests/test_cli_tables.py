@@ -170,8 +170,8 @@ def test_what_the_planner_did_is_printed_as_it_is(library: Library, call: Comman
 
 
 def test_a_path_that_cannot_be_read_is_printed_whole(library: Library, call: Commands) -> None:
-    """Given a path of 300 characters that is not there, then the summary names it whole."""
-    path = "/nowhere/" + "[x]" * 100
+    """Given a path of 600 characters that is not there, then the summary names it whole."""
+    path = "/nowhere/" + "[x]" * 200
     assert f"not read: {path}: No such file or directory\n" in call("run", path).out
 
 
