@@ -357,6 +357,7 @@ class Settings(BaseSettings):
     def load(cls, home: Path | str | None = None) -> Self:
         """Settings of `home` (default: $MEDIA_HOME, then ./var), with the home made absolute. Raises BadSettings."""
         chosen = Path(home or os.environ.get(HOME_VARIABLE) or "var").absolute()
+        _refuse_misspelt(cls)
         try:
             return cls(home=chosen)
         except ValidationError as error:
@@ -370,23 +371,6 @@ class Settings(BaseSettings):
         if url:
             database_url.check(url)
         return url
-
-    @model_validator(mode="after")
-    def _no_variable_is_misspelt(self) -> Self:
-        """pydantic looks for the variables it knows; one that nobody reads would be taken for a setting."""
-        known = variables(type(self))
-        for name in sorted(os.environ):
-            variable = name.upper()
-            first, _, deeper = variable.removeprefix(_PREFIX).partition(_DEEPER)
-            if not variable.startswith(_PREFIX) or not os.environ[name] or variable in known | _NO_SETTINGS:
-                continue
-            field = type(self).model_fields.get(first.lower())
-            is_section = field is not None and bool(_section_of(field.annotation))
-            if (is_section and deeper) or _OF_SERVICES.search(variable):  # what is in a section, pydantic checked
-                continue
-            nearest = get_close_matches(variable, sorted(known), 1, 0.0)
-            raise ValueError(f"{name} is no setting; the nearest is {nearest[0]}")
-        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -413,6 +397,22 @@ def variables(model: type[BaseModel], prefix: str = _PREFIX) -> set[str]:
         if section := _section_of(field.annotation):
             names |= variables(section, variable + _DEEPER)
     return names
+
+
+def _refuse_misspelt(model: type[BaseModel]) -> None:
+    """pydantic looks for the variables it knows; one that nobody reads would be taken for a setting."""
+    known = variables(model)
+    for name in sorted(os.environ):
+        variable = name.upper()
+        first, _, deeper = variable.removeprefix(_PREFIX).partition(_DEEPER)
+        if not variable.startswith(_PREFIX) or not os.environ[name] or variable in known | _NO_SETTINGS:
+            continue
+        field = model.model_fields.get(first.lower())
+        is_section = field is not None and bool(_section_of(field.annotation))
+        if (is_section and deeper) or _OF_SERVICES.search(variable):  # what is in a section, pydantic checks
+            continue
+        nearest = get_close_matches(variable, sorted(known), 1, 0.0)
+        raise BadSettings(f"{name} is no setting; the nearest is {nearest[0]}.")
 
 
 def _section_of(annotation: object) -> type[BaseModel] | None:

@@ -95,8 +95,7 @@ def test_a_misspelt_variable_is_refused_in_one_sentence(tmp_path: Path) -> None:
     )
     assert done.returncode == 7
     assert done.stderr == (
-        "The settings are wrong: MEDIA_PROFIL is no setting; the nearest is MEDIA_PROFILE."
-        " Mend settings.toml or the MEDIA_* variables.\n"
+        "MEDIA_PROFIL is no setting; the nearest is MEDIA_PROFILE. docs/settings.md lists the settings.\n"
     )
 
 

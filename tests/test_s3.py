@@ -28,6 +28,7 @@ from resources.database import Database
 from resources.decoding.client import decoder
 from resources.decoding.sources import RemoteFile, localize
 from resources.errors import Failure, SourceChanged, StorageFailed, TooLarge, Unreadable
+from resources.files import version_of
 from resources.inventory import Cursor, Inventory, Report
 from resources.library import Library
 from resources.models.registry import ModelRegistry
@@ -287,7 +288,7 @@ def test_an_object_is_decoded_as_the_same_file_would_be(
     models = ModelRegistry(settings)
     tables: dict[str, list[pa.Table]] = {}
     for name, uri, etag in (
-        ("local", str(tmp_path / "clip.mp4"), "e"),
+        ("local", str(tmp_path / "clip.mp4"), version_of((tmp_path / "clip.mp4").stat())),
         ("s3", f"s3://{bucket}/clip.mp4", hashlib.md5(clip).hexdigest()),
     ):
         store = DerivedStore(tmp_path / name)
