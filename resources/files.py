@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,34 @@ def made(folder: Path, mode: int = 0o777) -> Path:
         at = f" at {error.filename}" if error.filename and str(error.filename) != str(folder) else ""
         raise FolderUnusable(f"The folder {folder} cannot be made: {error.strerror}{at}.") from error
     return folder
+
+
+_OF_A_HOME = (
+    "postgres",
+    "postgres.lock",
+    "dagster",
+    "derived",
+    "models",
+    "settings.toml",
+    "models.toml",
+    "policy.toml",
+)
+_OTHERS = stat.S_IRWXG | stat.S_IRWXO
+
+
+def private(home: Path) -> Path:
+    """A home for its user alone: made so, or closed to others where it was open. Raises FolderUnusable.
+
+    A folder of another user, with other things in it, or which a group may write, is somebody's choice and stays.
+    """
+    made(home, mode=stat.S_IRWXU)
+    mode = (found := home.stat()).st_mode
+    is_mine = found.st_uid == os.geteuid() and not mode & (stat.S_IWGRP | stat.S_ISVTX)
+    if is_mine and mode & _OTHERS:
+        names = set(os.listdir(home))
+        if not names or names.intersection(_OF_A_HOME):
+            home.chmod(stat.S_IMODE(mode) & ~_OTHERS)
+    return home
 
 
 def version_of(info: os.stat_result) -> str:

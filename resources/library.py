@@ -13,6 +13,7 @@ from sqlalchemy.dialects.postgresql import insert
 from resources.backlog import Backlog
 from resources.database import Database
 from resources.errors import printable
+from resources.files import private
 from resources.models.registry import ModelRegistry
 from resources.object_store import location
 from resources.outcomes import OutcomeStore
@@ -60,6 +61,7 @@ class Library:
 
         Raises DatabaseUnavailable, and StorageMismatch when its records are of other files than `store`.
         """
+        private(self.settings.home)
         database = Database.open(self.settings)
         try:
             database.belongs_to(str(self.store.root))
