@@ -228,7 +228,7 @@ def test_a_home_that_cannot_be_made_beside_another_database_is_one_sentence(
     run = Commands(tmp_path / "taken" / "home", monkeypatch, capsys)
     done = run("run", str(tmp_path / "note.txt"), "--select", "media")
     assert done.code == Exit.STORAGE
-    assert done.err.splitlines()[-1].startswith(f"The folder {tmp_path / 'taken' / 'home' / 'dagster'} cannot be made")
+    assert done.err.splitlines()[-1].startswith(f"The folder {tmp_path / 'taken' / 'home'} cannot be made")
 
 
 def lost(database: Database) -> BaseException:
