@@ -444,7 +444,9 @@ def stop(dev: Dev) -> None:
     assert dev.process.wait(DEADLINE_S) == 0
     _, left = psutil.wait_procs(family, timeout=10)
     assert left == []
-    killed = {path.parent for path in dev.user.rglob("_remote_module_non_scriptable.py")}  # torch's, by kill -9
+    # Torch's, of workers killed by -9: an empty folder where they were still importing it.
+    killed = {path.parent for path in dev.user.rglob("_remote_module_non_scriptable.py")}
+    killed |= {path for path in dev.user.glob("tmp????????") if path.is_dir() and not any(path.iterdir())}
     assert [path for path in dev.user.rglob("*") if not killed & {path, path.parent}] == []
 
 
