@@ -11,7 +11,7 @@ from typing import Any
 
 import dagster as dg
 
-from media_assets.checker import checker, warm_for_step
+from media_assets.checker import checker
 from media_assets.engine import BatchEngine, How, Progress
 from media_assets.events import materialization
 from media_assets.grouping import Group
@@ -71,7 +71,6 @@ def media_items(library: Library, keys: Sequence[str]) -> list[MediaItem]:
 
 def build_group(group: Group, settings: Settings, models: ModelRegistry) -> dg.AssetsDefinition:
     """The Dagster assets of one group."""
-    warm_for_step(group.name)
     stages = group.load(settings, models)
     keys = {dg.AssetKey(stage.name): stage.name for stage in stages}
 
