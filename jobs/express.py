@@ -75,7 +75,7 @@ def _job(settings: Settings, name: str, op: str, told: str, rebuilds: bool) -> d
             checks = [(stage.name, check) for stage in stages for check in (ITEMS, EXPECTATIONS)]
             with Checks(library, checks, [item.media_id for item in batch]) as asked:
                 with processor(needs, library, context.log.info) as device:
-                    materialize(context, library, stages, batch, device, config.careful, asked.settled)
+                    materialize(context, library, stages, batch, device, config.careful, [asked.listen])
                 if rebuilds:
                     yield from _rebuild(context, library)
                 yield from asked.results()
