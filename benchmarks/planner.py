@@ -31,9 +31,9 @@ import sqlalchemy as sa
 
 from cli.instance import open_instance
 from jobs.planner import Planner
+from media_assets.engine.contract import MediaItem
+from media_assets.engine.versions import item_version
 from media_assets.partitions import add_partitions, media_partitions
-from media_assets.stage import MediaItem
-from media_assets.versions import item_version
 from resources.library import Library
 from resources.registry import Upload
 

@@ -37,10 +37,10 @@ from evals.evaluate import evaluate
 from evals.golden import Golden, GoldenItem
 from evals.probes import PolicyModerator
 from evals.result import Reader
+from media_assets.engine.contract import Inputs, MediaItem, Prepared, Stage, Unit
 from media_assets.moderation_labels import ModerationLabels
 from media_assets.moderation_scores import ModerationScores
 from media_assets.ocr_text import OcrText
-from media_assets.stage import Inputs, MediaItem, Prepared, Stage, Unit
 from media_assets.transcript import Transcript
 from resources.errors import NotApplicable
 from resources.library import Library

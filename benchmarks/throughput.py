@@ -33,8 +33,8 @@ from rich.console import Console
 
 from cli.run import Work
 from media_assets import schemas
+from media_assets.engine.contract import Inputs, MediaItem, Memo, Stage, Unit
 from media_assets.grouping import groups
-from media_assets.stage import Inputs, MediaItem, Memo, Stage, Unit
 from resources.errors import Failure, MediaError, NotApplicable
 from resources.library import Library
 from resources.registry import Upload, discover

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from media_assets.engine import Progress
+    from media_assets.engine.events import Event
+
 
 _EVERY_S = 5.0
 _EVERY_LIVE_S = 0.5
@@ -39,24 +40,22 @@ class Account:
         self._expected_of_done: defaultdict[tuple[str, str], float] = defaultdict(float)
         self._took_of: defaultdict[tuple[str, str], float] = defaultdict(float)
         self._took: defaultdict[str, float] = defaultdict(float)
-        self._spent_before: defaultdict[str, float] = defaultdict(float)
-        self._batch: Progress | None = None
-        self._seen = 0
+        self._spent: defaultdict[str, float] = defaultdict(float)
         self.items = len(self._open)
         self.items_done = 0
         self.failed: set[str] = set()
 
-    def take(self, progress: Progress) -> None:
-        """Take in what is new in a batch, the same as before or the next one."""
-        if progress is not self._batch:
-            for asset, seconds in self._batch.seconds.items() if self._batch else ():
-                self._spent_before[asset] += seconds
-            self._batch, self._seen = progress, 0
-        for how, outcome in progress.settled[self._seen :]:
-            self._settle(str(how), outcome.media_id, outcome.asset, outcome.seconds)
+    def take(self, event: Event) -> None:
+        """Take in what a batch engine says."""
+        from media_assets.engine.events import OutcomeCommitted, WorkDone
+
+        if isinstance(event, WorkDone):
+            self._spent[event.asset] += event.seconds
+        elif isinstance(event, OutcomeCommitted):
+            outcome = event.result.outcome
+            self._settle(str(event.result.how), outcome.media_id, outcome.asset, outcome.seconds)
             if not outcome.status.done and outcome.error_class not in (None, "upstream_failed"):
                 self.failed.add(outcome.media_id)
-        self._seen = len(progress.settled)
 
     def _settle(self, how: str, media_id: str, asset: str, seconds: float | None) -> None:
         if (media_id, asset) not in self._left:
@@ -73,7 +72,7 @@ class Account:
     @property
     def spent_s(self) -> float:
         """Seconds of work so far."""
-        return sum(self._spent_before.values()) + (sum(self._batch.seconds.values()) if self._batch else 0.0)
+        return sum(self._spent.values())
 
     @property
     def left_s(self) -> float:
@@ -86,8 +85,7 @@ class Account:
 
     def _begun_s(self, asset: str) -> float:
         """Seconds of work on items in flight."""
-        in_batch = self._batch.seconds[asset] if self._batch else 0.0
-        return self._spent_before[asset] + in_batch - self._took[asset]
+        return self._spent[asset] - self._took[asset]
 
     @property
     def share(self) -> float:
@@ -98,7 +96,7 @@ class Account:
 
 
 class Reporter:
-    """Receives the progress of one batch after another, and draws that of the whole work."""
+    """Listens to one batch after another, and draws the progress of the whole work."""
 
     def __init__(self, console: Console, expected: Expected) -> None:
         self._console = console
@@ -106,19 +104,26 @@ class Reporter:
         self._started: float | None = None
         self._last = 0.0
         self._account = Account(expected)
+        self._running = ""
         self._drawn = False
         self._share = 0.0
-        self.facts: dict[str, Counter[str]] = {}
+        self.facts: defaultdict[str, Counter[str]] = defaultdict(Counter)
 
-    def __call__(self, _group: str, progress: Progress) -> None:
+    def __call__(self, event: Event) -> None:
         """Draw when it is time to."""
+        from media_assets.engine.events import InferenceBegun, OutcomeCommitted
+
         now = time.monotonic()
         self._started = self._started or now
-        self._account.take(progress)
-        self.facts = progress.facts
+        self._account.take(event)
+        if isinstance(event, InferenceBegun):
+            self._running = f"loading the models of {event.asset}" if event.loads else event.asset
+        elif isinstance(event, OutcomeCommitted):
+            counts = {name: value for name, value in event.result.facts.items() if isinstance(value, int)}
+            self.facts[event.result.asset].update(counts)
         if now - self._last >= (_EVERY_LIVE_S if self._live else _EVERY_S):
             self._last = now
-            self._draw(progress.running)
+            self._draw(self._running)
 
     def clear(self) -> None:
         """Make room for other output."""

@@ -20,7 +20,7 @@ from resources.registry import Problem, Upload, discover
 if TYPE_CHECKING:
     from dagster import DagsterInstance
 
-    from media_assets.stage import MediaItem, Stage
+    from media_assets.engine.contract import MediaItem, Stage
 
 SPANNING = ("catalog", "index_shard", "near_duplicates")
 
@@ -68,6 +68,7 @@ class Work:
         finally:
             if self._reporter is not None:
                 self._reporter.close()
+                self.summary.facts = {asset: dict(counts) for asset, counts in self._reporter.facts.items()}
         self._rebuild()
         self._account(items)
         self.summary.seconds_total = round(time.monotonic() - start, 2)
@@ -76,7 +77,7 @@ class Work:
     # -- items ----------------------------------------------------------------------------------------
 
     def _items(self, paths: Sequence[str]) -> list[MediaItem]:
-        from media_assets.stage import MediaItem
+        from media_assets.engine.contract import MediaItem
 
         ids: list[str] | None = None
         if paths:
@@ -104,6 +105,7 @@ class Work:
         stages = {name: chosen for name, chosen in every.items() if chosen}
         ids = [item.media_id for item in items]
         self._reporter = Reporter(self.console, self._expected(items, stages))
+        self.library.listeners.append(self._reporter)
         # Items that need several groups go through them in one run, unless the settings limit groups apart.
         together = self._needing_several(items, stages) if len(pools(settings)) == 1 else {}
         for names, keys in together.items():
@@ -223,8 +225,6 @@ class Work:
             from media_assets.definitions import build
 
             self._definitions = build(self.library)
-        self.library.reporter = reporter = self._reporter or Reporter(self.console, {})
-        reporter.facts = {}
         result = self._definitions.resolve_job_def(job).execute_in_process(
             instance=instance,
             run_config={
@@ -236,10 +236,6 @@ class Work:
             raise_on_error=True,
         )
         self.summary.runs.append(result.run_id)
-        for asset, counts in reporter.facts.items():
-            known = self.summary.facts.setdefault(asset, {})
-            for name, count in counts.items():
-                known[name] = known.get(name, 0) + count
 
     # -- the account --------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from resources.library import Library
 
 if TYPE_CHECKING:
-    from media_assets.stage import Stage
+    from media_assets.engine.contract import Stage
 
 
 def tune(library: Library, tasks: Sequence[str], budget_s: float, console: Console) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import dagster as dg
 from pydantic import Field
 
 from media_assets.buckets import BucketBusy
-from media_assets.checker import checker, warm_for_step
+from media_assets.checker import checker
 from media_assets.global_assets import SPANNING, rebuild, rebuild_seconds
 from media_assets.grouping import groups
 from media_assets.groups import materialize, media_items
@@ -49,7 +49,6 @@ def build_whole_job(settings: Settings) -> dg.JobDefinition:
 
 
 def _job(settings: Settings, name: str, op: str, told: str, rebuilds: bool) -> dg.JobDefinition:
-    warm_for_step(op)
     needs = _needs(settings)
     tags = op_tags(op, needs, settings.compute)
 
@@ -76,7 +75,7 @@ def _job(settings: Settings, name: str, op: str, told: str, rebuilds: bool) -> d
             checks = [(stage.name, check) for stage in stages for check in (ITEMS, EXPECTATIONS)]
             with Checks(library, checks, [item.media_id for item in batch]) as asked:
                 with processor(needs, library, context.log.info) as device:
-                    materialize(context, library, stages, batch, device, config.careful, asked.settled)
+                    materialize(context, library, stages, batch, device, config.careful, [asked.listen])
                 if rebuilds:
                     yield from _rebuild(context, library)
                 yield from asked.results()

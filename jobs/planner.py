@@ -17,10 +17,10 @@ from typing import Any
 
 from jobs.costs import SAMPLE, Costs, kind_of
 from jobs.express import EXPRESS, pools
+from media_assets.engine.contract import MediaItem, Stage
+from media_assets.engine.versions import code_version
 from media_assets.grouping import groups as groups_of
 from media_assets.planning import Judgement, Need, judge
-from media_assets.stage import MediaItem, Stage
-from media_assets.versions import code_version
 from resources.backlog import Backlog, Waiting
 from resources.library import Library
 from resources.outcomes import Outcome

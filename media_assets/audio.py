@@ -9,7 +9,7 @@ from typing import Any
 
 from media_assets import schemas
 from media_assets.decoding import DECODED, decoded
-from media_assets.stage import Inputs, Prepared, Product, Stage
+from media_assets.engine.contract import Inputs, Prepared, Product, Stage
 from media_assets.tracks import SAMPLE_RATE
 from resources.decoding.client import AudioPart
 from resources.errors import MediaError, NotApplicable

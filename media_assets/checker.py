@@ -184,14 +184,6 @@ class _Process:
 
 
 _checker = Checker()
-STEP_KEY = "DAGSTER_RUN_STEP_KEY"
-"""Environment variable of a process that has one step to do, on Ray or Kubernetes: the step's name."""
-
-
-def warm_for_step(name: str) -> None:
-    """Have the checker started in the process of the step of this name, beside what the step has yet to import."""
-    if os.environ.get(STEP_KEY) == name:
-        checker().warm()
 
 
 def checker() -> Checker:

@@ -16,8 +16,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from media_assets.stage import MediaItem, Stage
-from media_assets.versions import item_version
+from media_assets.engine.contract import MediaItem, Stage
+from media_assets.engine.versions import item_version
 from resources.errors import UpstreamFailed, printable
 from resources.library import Library
 from resources.outcomes import Outcome

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from media_assets.stage import Inputs
+from media_assets.engine.contract import Inputs
 from resources.decoding.client import Decoded, decoder
 from resources.decoding.sources import Source, localize
 from resources.registry import confinement

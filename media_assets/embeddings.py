@@ -13,7 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from media_assets import schemas
-from media_assets.stage import Inputs, Prepared, Product, Stage, Unit
+from media_assets.engine.contract import Inputs, Prepared, Product, Stage, Unit
 from media_assets.tracks import read_still
 from resources.errors import Failure
 from resources.models.openclip import OpenClip, normalised

@@ -9,9 +9,9 @@ from typing import Any
 
 import dagster as dg
 
-from media_assets.engine import Result
+from media_assets.engine.contract import Stage
+from media_assets.engine.events import Result
 from media_assets.provenance import DATA_VERSION_TAG
-from media_assets.stage import Stage
 from resources.errors import printable, remedy_of
 
 _PICTURE = "picture: "

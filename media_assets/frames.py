@@ -11,8 +11,8 @@ import pyarrow as pa
 
 from media_assets import schemas
 from media_assets.decoding import DECODED, decoded
+from media_assets.engine.contract import Inputs, Prepared, Product, Stage
 from media_assets.previews.contact_sheet import contact_sheet
-from media_assets.stage import Inputs, Prepared, Product, Stage
 from resources.decoding.client import FramesPart
 from resources.errors import MediaError, NotApplicable
 

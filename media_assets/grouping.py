@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
-from media_assets.stage import Stage
+from media_assets.engine.contract import Stage
 from resources.compute import BadNeeds, Needs, stated
 from resources.models.registry import ModelRegistry
 from resources.settings import Settings

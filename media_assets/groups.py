@@ -6,13 +6,25 @@ but observed, with their error, so a backfill shows exactly those as failed, and
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import dagster as dg
 
-from media_assets.checker import checker, warm_for_step
-from media_assets.engine import BatchEngine, How, Progress
+from media_assets.checker import checker
+from media_assets.engine.batch import BatchEngine
+from media_assets.engine.contract import MediaItem, Stage
+from media_assets.engine.events import (
+    BatchStarted,
+    Event,
+    How,
+    InferenceBegun,
+    ItemFinished,
+    Listener,
+    OutcomeCommitted,
+    Result,
+)
+from media_assets.engine.versions import code_version
 from media_assets.events import materialization
 from media_assets.grouping import Group
 from media_assets.mirror import BucketMirror, Mirror
@@ -21,8 +33,6 @@ from media_assets.processor import Processor, processor
 from media_assets.provenance import SOURCE, Provenance
 from media_assets.quality import EXPECTATIONS, ITEMS, Checks, as_output
 from media_assets.remote import served
-from media_assets.stage import MediaItem, Stage
-from media_assets.versions import code_version
 from resources.compute import op_tags
 from resources.library import Library
 from resources.models.registry import ModelRegistry
@@ -71,7 +81,6 @@ def media_items(library: Library, keys: Sequence[str]) -> list[MediaItem]:
 
 def build_group(group: Group, settings: Settings, models: ModelRegistry) -> dg.AssetsDefinition:
     """The Dagster assets of one group."""
-    warm_for_step(group.name)
     stages = group.load(settings, models)
     keys = {dg.AssetKey(stage.name): stage.name for stage in stages}
 
@@ -105,7 +114,7 @@ def build_group(group: Group, settings: Settings, models: ModelRegistry) -> dg.A
                         op = context.op_execution_context
                         # Partitions that were asked for are told of: a backfill counts what its runs say.
                         materialize(
-                            op, library, selected, batch, device, config.careful, asked.settled, not config.keys
+                            op, library, selected, batch, device, config.careful, [asked.listen], not config.keys
                         )
                 yield from map(as_output, asked.results())
 
@@ -119,13 +128,13 @@ def materialize(
     batch: list[MediaItem],
     device: Processor,
     careful: bool = False,
-    settled: Callable[[str], None] | None = None,
+    also: Sequence[Listener] = (),
     anew: bool = False,
 ) -> None:
     """Settle `stages` of every item of the batch, in the step of `context`, and mirror how they ended.
 
-    `settled` is told the asset whenever one item's is. With `anew` Dagster is told of every item, also of one about
-    which nothing is new.
+    `also` listens to the engine too. With `anew` Dagster is told of every item, also of one about which nothing is
+    new.
     """
     settings = one_at_a_time(library.settings) if careful else library.settings
     engine = BatchEngine(
@@ -148,16 +157,8 @@ def materialize(
         mirror = BucketMirror(context, settings, {stage.name: code_version(stage) for stage in stages}, anew)
     known = Counter(library.models.loads)
     try:
-        for result in engine.run(batch, context.run.run_id, _reporter(context, library)):
-            if settled is not None:
-                settled(result.asset)
-            mirror.add(result)
-            if not result.done and result.how in (How.COMPUTED, How.HELD):
-                record = result.outcome
-                context.log.warning(
-                    f"{result.asset} of {result.media_id}: {record.status} after {record.attempts} attempt(s),"
-                    f" {record.error_class}: {record.error}"
-                )
+        listeners = [mirror.listen, _log_of(context), *library.listeners, *also]
+        engine.run(batch, context.run.run_id, *listeners)
     finally:
         if engine.hung:
             note_hung(engine.hung)
@@ -178,20 +179,36 @@ def _tell_loaded(context: dg.OpExecutionContext, loaded: Counter[str]) -> None:
     context.instance.add_run_tags(context.run.run_id, {LOADED_TAG: str(before + loaded.total())})
 
 
-def _reporter(context: dg.OpExecutionContext, library: Library) -> Callable[[Progress], None]:
+def _log_of(context: dg.OpExecutionContext) -> Listener:
+    """Writes failures, and how far the batch is, into the run's log."""
     group = context.op_handle.name
-    if library.reporter is not None:
-        chosen = library.reporter
-        return lambda progress: chosen(group, progress)
     last = time.monotonic()
+    items, running = Counter[str](), ""
 
-    def log(progress: Progress) -> None:
-        nonlocal last
+    def log(event: Event) -> None:
+        nonlocal last, running
+        if isinstance(event, BatchStarted):
+            items["all"] = event.items
+        elif isinstance(event, InferenceBegun):
+            running = event.asset
+        elif isinstance(event, ItemFinished):
+            items["finished"] += 1
+        elif isinstance(event, OutcomeCommitted) and event.result.how in (How.COMPUTED, How.HELD):
+            _warn(context, event.result)
         if time.monotonic() - last >= _LOG_EVERY_S:
             last = time.monotonic()
-            context.log.info(f"{group}: {progress.items_done} of {progress.items} items, now {progress.running}")
+            context.log.info(f"{group}: {items['finished']} of {items['all']} items, now {running}")
 
     return log
+
+
+def _warn(context: dg.OpExecutionContext, result: Result) -> None:
+    record = result.outcome
+    if not result.done:
+        context.log.warning(
+            f"{result.asset} of {result.media_id}: {record.status} after {record.attempts} attempt(s),"
+            f" {record.error_class}: {record.error}"
+        )
 
 
 def _spec(group: Group, stage: Stage[Any, Any]) -> dg.AssetSpec:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import dagster as dg
 
-from media_assets.engine import How, Result
+from media_assets.engine.events import How, Result
 from media_assets.events import Shown, carried, last, materialization, observation
 from media_assets.grouping import groups
 from media_assets.provenance import Provenance

@@ -9,8 +9,8 @@ import pyarrow as pa
 
 from media_assets import schemas
 from media_assets.decoding import DECODED, source
-from media_assets.stage import Inputs, Prepared, Product, Stage
-from media_assets.versions import code_version
+from media_assets.engine.contract import Inputs, Prepared, Product, Stage
+from media_assets.engine.versions import code_version
 from resources.decoding.client import Probed, decoder
 
 

@@ -17,7 +17,7 @@ import dagster as dg
 from dagster import DagsterEvent, DagsterEventType, EventLogEntry
 from dagster._core.events import AssetObservationData, StepMaterializationData  # Dagster names them nowhere else
 
-from media_assets.engine import How, Result
+from media_assets.engine.events import Event, How, OutcomeCommitted, Result
 from media_assets.events import Last, Shown, carried, last, observation, observation_of_many, shown
 from media_assets.partitions import partition_of
 from media_assets.provenance import CODE_VERSION_TAG, Provenance, is_told
@@ -64,6 +64,11 @@ class Mirror:
         self._since = time.monotonic()
         self._writer = ThreadPoolExecutor(1, "mirror")
         self._writing: Future[None] | None = None
+
+    def listen(self, event: Event) -> None:
+        """Add what is settled; a listener of the engine."""
+        if isinstance(event, OutcomeCommitted):
+            self.add(event.result)
 
     def add(self, result: Result) -> None:
         """Keep a result; has them written when there are many or it has been a while.
@@ -184,6 +189,11 @@ class BucketMirror:
         self._anew = anew
         self._sums: dict[tuple[str, str], Counter[str]] = {}
         self._failed: dict[tuple[str, str], list[Result]] = {}
+
+    def listen(self, event: Event) -> None:
+        """Add what is settled; a listener of the engine."""
+        if isinstance(event, OutcomeCommitted):
+            self.add(event.result)
 
     def add(self, result: Result) -> None:
         """Count a finished result, or keep a failed one."""

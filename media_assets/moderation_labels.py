@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from media_assets import schemas
+from media_assets.engine.contract import Inputs, Prepared, Product, Stage
 from media_assets.policy import Action, Decision, Score, as_rows, decide, load_policy
-from media_assets.stage import Inputs, Prepared, Product, Stage
 from resources.models.registry import ModelRegistry
 from resources.settings import Settings
 

@@ -14,9 +14,9 @@ from PIL import Image
 
 from media_assets import schemas
 from media_assets.concepts import PROMPTS_DIGEST, Concepts, Encode, load_concepts
+from media_assets.engine.contract import Inputs, Prepared, Product, Stage, Unit
 from media_assets.screening import Answers, Labels, Screened, Screening
 from media_assets.screening import strongest as strongest_screening
-from media_assets.stage import Inputs, Prepared, Product, Stage, Unit
 from media_assets.taxonomy import LABELS
 from resources.errors import Failure, ModelUnavailable, NotApplicable
 from resources.models.nudity import ImageScorer, Picture, load_image_scorer

@@ -15,9 +15,9 @@ import pyarrow as pa
 from PIL import Image
 
 from media_assets import schemas
+from media_assets.engine.contract import Inputs, Prepared, Product, Stage, Unit
 from media_assets.previews.ocr_overlay import ocr_overlay
 from media_assets.routing import Routed
-from media_assets.stage import Inputs, Prepared, Product, Stage, Unit
 from media_assets.text_layout import (
     TextLine,
     TextSpan,

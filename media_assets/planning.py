@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
-from media_assets.stage import MediaItem, Stage
-from media_assets.versions import item_version
+from media_assets.engine.contract import MediaItem, Stage
+from media_assets.engine.versions import item_version
 from resources.errors import ModelTimeout, UpstreamFailed
 from resources.outcomes import Outcome, Status
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from dagster import AssetKey, AssetMaterialization, AssetObservation, DagsterEventType, DagsterInstance
 
-from media_assets.engine import Result
-from media_assets.stage import Stage
-from media_assets.versions import code_version
+from media_assets.engine.contract import Stage
+from media_assets.engine.events import Result
+from media_assets.engine.versions import code_version
 from resources.outcomes import OutcomeStore
 
 # Names and values of Dagster's own tags; it has no public constants for them.

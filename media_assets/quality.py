@@ -11,6 +11,7 @@ import dagster as dg
 import pyarrow as pa
 
 from media_assets.checker import checker
+from media_assets.engine.events import Event, OutcomeCommitted
 from resources.errors import printable
 from resources.library import Library
 from resources.outcomes import Status
@@ -145,8 +146,11 @@ class Checks:
         self._begun: dict[str, Future[dg.AssetCheckEvaluation]] = {}
         self._thread = ThreadPoolExecutor(1, "checks")
 
-    def settled(self, asset: str) -> None:
-        """Take note that one more item's asset is settled."""
+    def listen(self, event: Event) -> None:
+        """Take note of each item's asset that is settled; a listener of the engine."""
+        if not isinstance(event, OutcomeCommitted):
+            return
+        asset = event.result.asset
         self._settled[asset] += 1
         if (asset, EXPECTATIONS) in self._chosen and self._settled[asset] == len(self._media_ids or ()):
             self._begun[asset] = self._thread.submit(expectations_check, self._library, asset, self._media_ids)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from media_assets.stage import Stage, Unit
-from media_assets.versions import code_version
+from media_assets.engine.contract import Stage, Unit
+from media_assets.engine.versions import code_version
 from resources import devices
 from resources.errors import Failure, MediaError, ModelTimeout, ModelUnavailable, ServingUnavailable
 from resources.model_server import Recipe

@@ -11,9 +11,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from media_assets import schemas
+from media_assets.engine.contract import Inputs, Prepared, Product, Stage, Unit
 from media_assets.previews.shot_strip import shot_strip
 from media_assets.shot_boundaries import Rules, Shot, boundaries, change, distance, luma, shots
-from media_assets.stage import Inputs, Prepared, Product, Stage, Unit
 from media_assets.tracks import read_track
 from resources.errors import Failure, NotApplicable
 from resources.models.registry import ModelSpec

@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from media_assets import schemas
+from media_assets.engine.contract import Inputs, Prepared, Product, Stage, Unit
 from media_assets.previews.waveform import Envelope, envelope, waveform
 from media_assets.routing import Answered, Routed
-from media_assets.stage import Inputs, Prepared, Product, Stage, Unit
 from media_assets.tracks import read_pcm
 from resources.errors import Failure, ModelFailed, NotApplicable
 from resources.models.alignment import AlignmentParameters, WordAligner

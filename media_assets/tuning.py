@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from typing import Any
 
-from media_assets.stage import Inputs, MediaItem, Stage, Unit
+from media_assets.engine.contract import Inputs, MediaItem, Stage, Unit
 from resources.errors import Failure, MediaError, NotApplicable, is_out_of_memory
 from resources.library import Library
 from resources.tuning import Tuned

@@ -26,12 +26,12 @@ from resources.storage import DerivedStore
 class Library:
     """Opens its parts on first use; closing it closes what was opened.
 
-    `reporter` receives the engine's progress; a command line sets it, otherwise assets log to Dagster.
+    `listeners` hear all that batch engines in this process say; a command line draws its progress from that.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.reporter: Callable[[str, Any], None] | None = None
+        self.listeners: list[Callable[[Any], None]] = []
 
     @classmethod
     def open(cls, home: Path | str | None = None) -> Self:

@@ -101,27 +101,12 @@ def client(s3: S3, patience_s: float | None = None) -> Any:
         if (s3, patience_s) not in _clients:
             import boto3
             from botocore.config import Config
-            from botocore.session import get_session
 
             config = Config(**botocore_config(s3, patience_s))
-            core = get_session()
-            core.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_timestamp)
-            session = boto3.session.Session(botocore_session=core)
-            _clients[s3, patience_s] = session.client(
+            _clients[s3, patience_s] = boto3.session.Session().client(
                 "s3", endpoint_url=s3.endpoint_url, region_name=s3.region, config=config
             )
         return _clients[s3, patience_s]
-
-
-def _timestamp(value: Any) -> datetime:
-    """A time in an answer; botocore's own parser takes more than half of what a listing costs."""
-    from botocore.utils import parse_timestamp
-
-    try:
-        return datetime.fromisoformat(value)
-    except (ValueError, TypeError):
-        parsed: datetime = parse_timestamp(value)
-        return parsed
 
 
 def error_code(error: BaseException) -> str:

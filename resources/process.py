@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -19,8 +16,6 @@ INHERITED = frozenset(
 SINGLE_THREADED = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE = 1, 4
 SIGKILL = 9
-AUTOGROUP = Path("/proc/self/autogroup")
-AUTOGROUP_TRIES, AUTOGROUP_WAIT_S = 10, 0.11
 _hung = 0
 
 
@@ -53,40 +48,6 @@ def hide_from_others() -> None:
         import ctypes
 
         ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0)
-
-
-def giving_way(niceness: int, work: Callable[[], None]) -> None:
-    """Do `work` in a thread whose priority is lower by `niceness`, as that of this process' session is meanwhile.
-
-    With `sched_autogroup` a process of another session competes as its whole session does, whatever its own niceness.
-    Where threads have no priority of their own, as outside Linux, the whole process keeps the lower one.
-    """
-    before = _session_niceness()
-    _set_session_niceness(niceness)
-    try:
-        with ThreadPoolExecutor(1, "giving-way", os.nice, (niceness,)) as low:
-            low.submit(work).result()
-    finally:
-        _set_session_niceness(before)
-
-
-def _session_niceness() -> int:
-    try:
-        return int(AUTOGROUP.read_text().split()[-1])  # /autogroup-12 nice 0
-    except OSError:  # a system without it
-        return 0
-
-
-def _set_session_niceness(niceness: int) -> None:
-    for _ in range(AUTOGROUP_TRIES):
-        try:
-            AUTOGROUP.write_text(str(niceness))
-        except BlockingIOError:  # the kernel takes one such change in a tenth of a second, of all users but root
-            time.sleep(AUTOGROUP_WAIT_S)
-        except OSError:
-            return
-        else:
-            return
 
 
 def fate(child: subprocess.Popen[bytes], wait_s: float) -> str:

@@ -6,10 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 import dagster as dg
@@ -20,7 +18,6 @@ import pytest
 from media_assets import checker as module
 from media_assets import schemas
 from media_assets.check_report import CheckReport
-from media_assets.check_worker import NICENESS
 from media_assets.checker import Checker, CheckerDied, checker
 from media_assets.grouping import groups
 from media_assets.groups import build_group
@@ -61,59 +58,6 @@ def own() -> Iterator[Checker]:
     made = Checker()
     yield made
     made.close()
-
-
-def test_its_import_gives_way_and_its_checks_do_not(own: Checker) -> None:
-    """Given a checker that starts, then it imports at a lower priority, and that of its session is lower where the
-    kernel shares cores by session; once it has answered, both are as they were."""
-    own.warm()
-    pid = own.pid()
-    assert pid is not None
-    usual = psutil.Process().nice()
-    session = Path(f"/proc/{pid}/autogroup")
-    wanted = ({usual + NICENESS}, str(NICENESS)) if session.exists() else ({usual + NICENESS}, "")
-    seen = [_priorities(pid)]
-    deadline = time.monotonic() + LIMIT_S
-    while not (wanted[0] <= seen[-1][0] and seen[-1][1] == wanted[1]):
-        assert time.monotonic() < deadline, seen[-1]
-        time.sleep(0.01)
-        seen.append(_priorities(pid))
-    ask(own, "media")
-    assert _priorities(pid) == ({usual}, "0" if session.exists() else "")
-
-
-def _priorities(pid: int) -> tuple[set[int], str]:
-    """Niceness of the threads of a process, and of its session where there is such a thing."""
-    session = Path(f"/proc/{pid}/autogroup")
-    threads = set()
-    for thread in os.listdir(f"/proc/{pid}/task"):
-        with suppress(ProcessLookupError):  # it ended meanwhile
-            threads.add(os.getpriority(os.PRIO_PROCESS, int(thread)))
-    return threads, session.read_text().split()[-1] if session.exists() else ""
-
-
-def test_it_leaves_out_what_no_check_uses(own: Checker) -> None:
-    """Given a checker that has checked tables, then it holds nothing of the libraries they do not need."""
-    for asset in ("media", "embeddings"):
-        ask(own, asset)
-    mapped = Path(f"/proc/{own.pid()}/maps").read_text()
-    assert "/pandas/" in mapped
-    for spared in ("/scipy/stats/", "/sqlalchemy/", "/psycopg2", "/shapely/", "/grpc/"):
-        assert spared not in mapped
-
-
-def test_what_is_deferred_is_there_when_it_is_used() -> None:
-    """Given the checker's finder, then a deferred module runs at the first use of what is in it, not before."""
-    used = """
-import sys
-from media_assets.check_worker import Spared
-sys.meta_path.insert(0, Spared)
-from scipy import stats
-assert "scipy.optimize" not in sys.modules
-assert stats.norm.cdf(0) == 0.5
-assert "scipy.optimize" in sys.modules
-"""
-    subprocess.run([sys.executable, "-c", used], check=True)
 
 
 def test_a_process_killed_over_a_table_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,20 +133,6 @@ def test_a_forked_process_has_a_checker_of_its_own(own: Checker, monkeypatch: py
     assert os.waitpid(child, 0)[1] == 0
     checker().warm()  # would start another one for one that died
     assert checker().pid() == alive is not None
-
-
-@pytest.mark.parametrize(("step", "started"), [("decode", True), ("analyse", False), (None, False)])
-def test_the_process_of_a_step_starts_it_with_its_definition(
-    library: Library, own: Checker, monkeypatch: pytest.MonkeyPatch, step: str | None, started: bool
-) -> None:
-    """Given a process that has one step to do, when that step's group is built, then its checker starts; for another's
-    step, and where steps share a process, it does not."""
-    monkeypatch.setattr(module, "_checker", own)
-    monkeypatch.delenv(module.STEP_KEY, raising=False)
-    if step:
-        monkeypatch.setenv(module.STEP_KEY, step)
-    build_group(DECODE, library.settings, library.models)
-    assert (own.pid() is not None) is started
 
 
 def test_it_dies_with_its_parent() -> None:

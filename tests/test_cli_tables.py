@@ -13,7 +13,7 @@ from cli.report import show_hits, show_table
 from cli.run import Work
 from cli.text import console
 from media_assets import schemas
-from media_assets.stage import MediaItem
+from media_assets.engine.contract import MediaItem
 from resources.errors import Failure
 from resources.library import Library
 from resources.outcomes import Claim, Cost

@@ -25,9 +25,9 @@ import pytest
 from PIL import Image
 
 from cli.instance import open_instance
-from media_assets.engine import BatchEngine, Result
+from media_assets.engine.batch import BatchEngine
+from media_assets.engine.versions import code_version
 from media_assets.partitions import add_partitions, partition_of, range_tags
-from media_assets.versions import code_version
 from resources import process
 from resources.library import Library
 from resources.registry import Upload, discover
@@ -478,8 +478,8 @@ def test_a_hung_model_call_taints_the_process_and_not_the_run(local: Local, monk
     """Given a batch in which a call hung, then its run succeeds, and the process says to use it no more."""
     run = BatchEngine.run
 
-    def hangs(engine: BatchEngine, *given: Any) -> Iterator[Result]:
-        yield from run(engine, *given)
+    def hangs(engine: BatchEngine, *given: Any) -> None:
+        run(engine, *given)
         engine.hung = 1
 
     assert local.run("media").success

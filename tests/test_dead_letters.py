@@ -10,8 +10,8 @@ import sqlalchemy as sa
 
 from cli.dead_letters import show_dead_letters
 from media_assets.dead_letters import Chosen, dead_letters, grouped, rejected, replay
-from media_assets.stage import MediaItem
-from media_assets.versions import item_version
+from media_assets.engine.contract import MediaItem
+from media_assets.engine.versions import item_version
 from resources.errors import Failure
 from resources.library import Library
 from resources.outcomes import Claim, Cost, Outcome, Status

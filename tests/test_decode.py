@@ -16,10 +16,10 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from media_assets import schemas
 from media_assets.audio import Audio
+from media_assets.engine.contract import Inputs, MediaItem, Product
 from media_assets.frames import Frames
 from media_assets.media import Media
 from media_assets.previews.contact_sheet import MAX_BYTES, contact_sheet
-from media_assets.stage import Inputs, MediaItem, Product
 from media_assets.tracks import SAMPLE_RATE, read_pcm, read_still, read_track
 from resources.decoding import pictures
 from resources.errors import NotApplicable

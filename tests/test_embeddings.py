@@ -19,7 +19,7 @@ from PIL import Image
 
 from media_assets import schemas
 from media_assets.embeddings import Embeddings, Still
-from media_assets.stage import Inputs, MediaItem, Unit
+from media_assets.engine.contract import Inputs, MediaItem, Unit
 from resources import devices
 from resources.errors import Failure, ModelUnavailable
 from resources.models import openclip_offline
@@ -275,7 +275,7 @@ from pathlib import Path
 from PIL import Image
 from media_assets.embeddings import Embeddings, Still
 from media_assets.remote import text_encoder
-from media_assets.stage import Unit
+from media_assets.engine.contract import Unit
 from resources.models.registry import ModelRegistry
 from resources.settings import Settings
 

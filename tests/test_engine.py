@@ -17,8 +17,23 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from media_assets.engine import MAX_HANGS, BatchEngine, How, Result, Serial, Threads, _timed
-from media_assets.stage import Inputs, MediaItem
+from media_assets.engine.batch import BatchEngine
+from media_assets.engine.contract import Inputs, MediaItem
+from media_assets.engine.events import (
+    BatchFinished,
+    BatchInferred,
+    BatchStarted,
+    Event,
+    How,
+    InferenceBegun,
+    ItemClaimed,
+    ItemFinished,
+    OutcomeCommitted,
+    Result,
+    WorkDone,
+)
+from media_assets.engine.executors import Serial, Threads, timed
+from media_assets.engine.scheduler import MAX_HANGS
 from resources.database import Database
 from resources.errors import Failure, ModelUnavailable, Undecodable
 from resources.heartbeat import beat
@@ -27,6 +42,7 @@ from resources.models.registry import ModelRegistry
 from resources.outcomes import OutcomeStore, Status
 from resources.settings import Engine, Settings
 from resources.storage import DerivedStore
+from tests.settled import settled
 from tests.toy_stages import CHAIN, Doubled, Fault, Numbers, Total, Toy
 
 EXECUTORS = {"serial": Serial, "threads": lambda: Threads(2, 60.0)}
@@ -47,7 +63,7 @@ class Bench:
 
     def run(self, items: Sequence[MediaItem], stages: Sequence[Toy], run_id: str = "run") -> list[Result]:
         engine = BatchEngine(stages, self.store, self.outcomes, self.settings, self.executor)
-        return list(engine.run(items, run_id))
+        return settled(engine, items, run_id)
 
     def values(self, asset: str, item: MediaItem) -> list[int]:
         return list(self.store.read(asset, item.media_id).column("value").to_pylist())
@@ -265,13 +281,18 @@ def test_a_missing_input_blocks_and_follows_when_it_is_made(bench: Bench) -> Non
     assert bench.run(batch, bench.stages(kinds=[Doubled]))[0].how is How.COMPUTED
 
 
-def test_closing_early_gives_items_back(bench: Bench) -> None:
-    """Given a batch that is stopped after one result, then no record stays in flight and no attempt is lost."""
+def stops(event: Event) -> None:
+    """A listener that ends the batch at its first result."""
+    if isinstance(event, OutcomeCommitted):
+        raise KeyboardInterrupt
+
+
+def test_stopping_early_gives_items_back(bench: Bench) -> None:
+    """Given a batch that a listener stops after one result, then no record stays in flight and no attempt is lost."""
     batch = items(*"abcdefgh")
     engine = BatchEngine(bench.stages(), bench.store, bench.outcomes, bench.settings, bench.executor)
-    running = engine.run(batch, "stopped")
-    next(running)
-    running.close()
+    with pytest.raises(KeyboardInterrupt):
+        engine.run(batch, "stopped", stops)
     records = bench.outcomes.load([item.media_id for item in batch])
     assert Status.RUNNING not in {record.status for record in records.values()}
     assert {record.attempts for record in records.values() if not record.status.done} <= {0}
@@ -283,7 +304,7 @@ def test_an_item_in_flight_elsewhere_is_left_alone(bench: Bench) -> None:
     batch = items("a", "b")
     numbers = bench.stages(kinds=[Numbers])
     with bench.outcomes.lease("other") as lease:
-        from media_assets.versions import item_version
+        from media_assets.engine.versions import item_version
 
         version = item_version(numbers[0], batch[0], [])
         bench.outcomes.claim("a", "numbers", version, "other", lease.liveness)
@@ -372,6 +393,28 @@ def test_every_item_ends_in_exactly_one_outcome(
             assert record.error
 
 
+def test_the_engine_says_what_it_does(bench: Bench) -> None:
+    """Given two items, one of which fails, then listeners hear of claims, inference, work, outcomes and both ends."""
+    heard: list[Event] = []
+    bench_stages = bench.stages(lambda method, media_id: 1 / 0 if (method, media_id) == ("assemble", "b") else None)
+    engine = BatchEngine(bench_stages[:1], bench.store, bench.outcomes, bench.settings, bench.executor)
+    engine.run(items("a", "b"), "run", heard.append)
+    assert heard[0] == BatchStarted(2)
+    assert heard[-1] == BatchFinished()
+    assert [event for event in heard if isinstance(event, ItemClaimed)] == [
+        ItemClaimed("a", "numbers", 1),
+        ItemClaimed("b", "numbers", 1),
+    ]
+    begun = [event for event in heard if isinstance(event, InferenceBegun)]
+    assert [event.loads for event in begun] == [True] + [False] * (len(begun) - 1)
+    assert sum(event.units for event in heard if isinstance(event, BatchInferred)) == 6
+    ended = {event.result.media_id: event.result for event in heard if isinstance(event, OutcomeCommitted)}
+    assert {media_id: result.done for media_id, result in ended.items()} == {"a": True, "b": False}
+    spent = sum(event.seconds for event in heard if isinstance(event, WorkDone))
+    assert spent == pytest.approx(sum(result.outcome.seconds or 0 for result in ended.values()))
+    assert {event.media_id for event in heard if isinstance(event, ItemFinished)} == {"a", "b"}
+
+
 class Film:
     """Something large."""
 
@@ -426,7 +469,7 @@ def test_a_hung_model_call_fails_its_items_and_the_rest_goes_on(database: Databa
     stages = bench.stages(hangs, [Numbers])
     engine = BatchEngine(stages, bench.store, bench.outcomes, bench.settings)
     try:
-        results = by_key(list(engine.run(batch, "first")))
+        results = by_key(settled(engine, batch, "first"))
     finally:
         answer.set()
     failed = {media_id for (media_id, _), result in results.items() if not result.done}
@@ -458,7 +501,7 @@ def test_a_stage_that_hangs_again_and_again_is_not_called_any_more(database: Dat
     engine = BatchEngine([numbers, doubled], bench.store, bench.outcomes, bench.settings)
     batch = items(*"abcdefghij")
     try:
-        results = by_key(list(engine.run(batch, "wedged")))
+        results = by_key(settled(engine, batch, "wedged"))
     finally:
         answer.set()
     assert len(doubled.batches) == engine.hung
@@ -494,7 +537,7 @@ def test_a_hung_preparation_fails_its_item_alone(
     batch = items("a", hung, *"cdefgh")
     engine = BatchEngine(bench.stages(hangs, [Numbers]), bench.store, bench.outcomes, bench.settings)
     before = set(threading.enumerate())
-    results = by_key(list(engine.run(batch, "first")))
+    results = by_key(settled(engine, batch, "first"))
     (left,) = set(threading.enumerate()) - before
     answer.set()
     left.join(30)
@@ -514,7 +557,7 @@ def test_a_stage_whose_preparation_hangs_again_and_again_is_given_up(database: D
     stages = bench.stages(lambda method, _: answer.wait() if method == "prepare" else None, [Numbers])
     engine = BatchEngine(stages, bench.store, bench.outcomes, bench.settings)
     try:
-        results = list(engine.run(items(*"abcdefghij"), "wedged"))
+        results = settled(engine, items(*"abcdefghij"), "wedged")
     finally:
         answer.set()
     assert {result.outcome.error_class for result in results} == {"model_timeout"}
@@ -542,19 +585,19 @@ def test_a_long_call_with_signs_of_life_does_not_hang(database: Database, tmp_pa
         name = "waiting"
 
     engine = BatchEngine(bench.stages(kinds=[Slow, Waiting]), bench.store, bench.outcomes, bench.settings)
-    assert all(result.done for result in engine.run(items("a"), "slow"))
+    assert all(result.done for result in settled(engine, items("a"), "slow"))
     assert engine.hung == 0
 
 
 HANGING = """
 import sys, threading
-from media_assets.engine import Threads
+from media_assets.engine.executors import Threads
 threads = Threads(1, 0.2)
-threads.submit("inference", "hung", threading.Event().wait)
-threads.submit("inference", "next", lambda: 42)
-events = [*threads.finished(60), *threads.finished(60)]
+threads.submit("inference", threading.Event().wait, "hung")
+threads.submit("inference", lambda: 42, "next")
+ends = [*threads.finished(60), *threads.finished(60)]
 threads.close()
-print([(event.key, type(event.error).__name__, event.value) for event in events], threads.hung)
+print([(end.then, type(end.error).__name__, end.value) for end in ends], threads.hung)
 """
 
 
@@ -622,6 +665,6 @@ def test_loading_a_model_is_no_items_cost(tmp_path: Path, monkeypatch: pytest.Mo
         models.loaded(outer, load)
         return take(2)
 
-    assert _timed("key", work).seconds == 3
-    assert _timed("key", work).seconds == 3
+    assert timed(work, print).seconds == 3
+    assert timed(work, print).seconds == 3
     assert now == 56

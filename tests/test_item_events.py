@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from media_assets import mirror
+from media_assets.engine.contract import Prepared
 from media_assets.frames import Frames
 from media_assets.partitions import add_partitions, partition_of
 from media_assets.quality import ITEMS
-from media_assets.stage import Prepared
 from resources.errors import StorageFailed, Truncated, UpstreamFailed, remedy_of
 from resources.library import Library
 from resources.registry import Upload, discover

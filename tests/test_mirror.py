@@ -11,7 +11,7 @@ import dagster as dg
 import pytest
 
 from media_assets import mirror as module
-from media_assets.engine import How, Result
+from media_assets.engine.events import How, Result
 from media_assets.mirror import Mirror
 from resources.outcomes import Outcome, Status
 

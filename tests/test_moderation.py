@@ -16,6 +16,7 @@ from PIL import Image
 from media_assets import schemas
 from media_assets.checker import checker
 from media_assets.concepts import Encode, load_concepts
+from media_assets.engine.contract import Inputs, MediaItem, Product, Stage, Unit
 from media_assets.moderation_labels import ModerationLabels
 from media_assets.moderation_scores import (
     MAX_CHARACTERS,
@@ -29,7 +30,6 @@ from media_assets.moderation_scores import (
 )
 from media_assets.policy import DEFAULT_POLICY
 from media_assets.screening import Answers
-from media_assets.stage import Inputs, MediaItem, Product, Stage, Unit
 from media_assets.taxonomy import CONCEPTS, LABELS
 from resources.errors import Failure, ModelUnavailable, NotApplicable
 from resources.models.nudity import load_image_scorer

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 from media_assets import schemas
+from media_assets.engine.contract import Inputs, MediaItem, Product
 from media_assets.ocr_text import OcrText
-from media_assets.stage import Inputs, MediaItem, Product
 from resources.errors import ModelUnavailable, NotApplicable
 from resources.models.registry import CATALOGUE, ModelRegistry
 from resources.settings import Settings

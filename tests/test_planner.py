@@ -17,8 +17,8 @@ from dagster._core.events import StepMaterializationData
 from jobs.costs import Costs
 from jobs.express import EXPRESS, build_express_job, pools
 from jobs.planner import CAREFUL, LONG, MIXED, Planner, Tick
+from media_assets.engine.versions import item_version
 from media_assets.groups import media_items
-from media_assets.versions import item_version
 from resources.errors import Failure, ModelTimeout
 from resources.library import Library
 from resources.outcomes import Claim, Cost, Status

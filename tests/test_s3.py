@@ -20,10 +20,10 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from media_assets.audio import Audio
+from media_assets.engine.contract import Inputs, MediaItem
 from media_assets.frames import Frames
 from media_assets.index_shard import build
 from media_assets.media import Media
-from media_assets.stage import Inputs, MediaItem
 from resources.database import Database
 from resources.decoding.client import decoder
 from resources.decoding.sources import RemoteFile, localize

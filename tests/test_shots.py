@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from media_assets import schemas
+from media_assets.engine.contract import Inputs, MediaItem
 from media_assets.shots import Shots
-from media_assets.stage import Inputs, MediaItem
 from resources.errors import ModelUnavailable, NotApplicable
 from resources.models.registry import ModelRegistry
 from resources.models.transnet import STRIDE, WINDOW, TransNet, windows

@@ -14,11 +14,13 @@ import sqlalchemy as sa
 
 from cli.searching import open_views
 from media_assets.buckets import bucket_of
-from media_assets.engine import BatchEngine, How, Serial
+from media_assets.engine.batch import BatchEngine
+from media_assets.engine.contract import MediaItem
+from media_assets.engine.events import How
+from media_assets.engine.executors import Serial
 from media_assets.global_assets import library_changed
 from media_assets.groups import media_items
 from media_assets.index_shard import open_bucket
-from media_assets.stage import MediaItem
 from resources.catalog_files import data_path
 from resources.errors import Failure
 from resources.library import Library
@@ -27,6 +29,7 @@ from resources.records import outcomes, uploads
 from resources.registry import Removal, Upload
 from resources.views import outcomes_table, query
 from search.engine import SearchEngine
+from tests.settled import settled
 from tests.shelf import Encoder, put, rebuild, register
 from tests.toy_stages import CHAIN, SCHEMA
 
@@ -144,7 +147,7 @@ def test_an_item_purged_in_mid_batch_leaves_nothing_and_its_neighbours_finish(li
 
     stages = [kind(library.settings, library.models, purge) for kind in CHAIN]
     engine = BatchEngine(stages, library.store, library.outcomes, library.settings, executor=Serial)
-    results = list(engine.run([MediaItem(key, f"/{key}", "1") for key in ids], "run"))
+    results = settled(engine, [MediaItem(key, f"/{key}", "1") for key in ids], "run")
     assert {r.how for r in results if r.media_id == doomed} == {How.WITHDRAWN}
     assert {r.how for r in results if r.media_id != doomed} == {How.COMPUTED}
     assert not any(r.done for r in results if r.media_id == doomed)

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from media_assets import schemas
+from media_assets.engine.contract import Inputs, MediaItem, Prepared, Product, Unit
 from media_assets.routing import Answered
-from media_assets.stage import Inputs, MediaItem, Prepared, Product, Unit
 from media_assets.transcript import Payload, Transcript, sentences
 from resources.errors import Failure, ModelUnavailable, NotApplicable
 from resources.models.alignment import WordAligner

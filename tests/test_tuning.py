@@ -12,8 +12,8 @@ import typer
 from rich.console import Console
 
 from cli.tuning import tune
+from media_assets.engine.contract import Unit
 from media_assets.grouping import groups
-from media_assets.stage import Unit
 from media_assets.tuning import LARGEST, NothingToTune, best_of, sample, trials
 from resources.errors import Failure
 from resources.library import Library

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
-from media_assets.stage import Inputs, Prepared, Product, Stage, Unit
+from media_assets.engine.contract import Inputs, Prepared, Product, Stage, Unit
 from resources.errors import Failure, NotApplicable
 from resources.models.registry import ModelRegistry
 from resources.settings import Settings

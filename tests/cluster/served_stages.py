@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from media_assets.stage import Unit
+from media_assets.engine.contract import Unit
 from resources.errors import Failure, Undecodable
 from tests.toy_stages import Numbers, Toy
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from media_assets.engine import BatchEngine
+from media_assets.engine.batch import BatchEngine
+from media_assets.engine.contract import MediaItem, Stage, Unit
 from media_assets.remote import Served, recipe, text_encoder
-from media_assets.stage import MediaItem, Stage, Unit
 from resources import serving
 from resources.database import Database
 from resources.errors import ModelTimeout, ServingUnavailable, Undecodable
@@ -30,6 +30,7 @@ from resources.settings import Alerts, Engine, Ray, Serving, Settings
 from resources.storage import DerivedStore
 from tests.cluster.ray_cluster import Cluster
 from tests.cluster.served_stages import Greedy, Newer, Obedient, Order, Other, ServedNumbers
+from tests.settled import settled
 
 DEADLINE_S = 60.0
 
@@ -244,7 +245,7 @@ def run(settings: Settings, database: Database, root: Path) -> list[Any]:
     """Three items through a served stage."""
     stage: Any = Served(ServedNumbers(settings, ModelRegistry(settings)), settings)
     engine = BatchEngine([stage], DerivedStore(root / "derived"), OutcomeStore(database, settings.engine), settings)
-    return list(engine.run([MediaItem(name, f"/media/{name}", "1") for name in ("a", "b", "c")], "run"))
+    return settled(engine, [MediaItem(name, f"/media/{name}", "1") for name in ("a", "b", "c")], "run")
 
 
 def test_passwords_stay_with_the_caller(tmp_path: Path) -> None:

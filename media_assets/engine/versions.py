@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from media_assets.stage import MediaItem, Stage
+from media_assets.engine.contract import MediaItem, Stage
 
 
 def code_version(stage: Stage[Any, Any]) -> str:
