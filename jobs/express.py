@@ -12,6 +12,7 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
+from jobs.batch_sizes import express_s
 from media_assets.buckets import BucketBusy
 from media_assets.checker import checker
 from media_assets.global_assets import SPANNING, rebuild, rebuild_seconds
@@ -116,7 +117,7 @@ def pools(settings: Settings) -> list[str]:
 def _rebuild(context: dg.OpExecutionContext, library: Library) -> Iterator[Any]:
     """Make the batch searchable, unless that takes long or is under way: the planner sees to it then."""
     seconds = rebuild_seconds(library)
-    if seconds is not None and seconds > library.settings.planner.express_s:
+    if seconds is not None and seconds > express_s(library.settings):
         context.log.info(f"The last rebuild took {seconds:.0f} s: left to a run of its own.")
         return
     try:

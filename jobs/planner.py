@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from jobs.batch_sizes import express_s, most_items
 from jobs.costs import SAMPLE, Costs, kind_of
 from jobs.express import EXPRESS, pools
 from media_assets.engine.contract import MediaItem, Stage
@@ -84,6 +85,7 @@ class Planner:
     def __init__(self, library: Library, groups: Sequence[str] | None = None) -> None:
         self._library = library
         self._settings = library.settings.planner
+        self._most_items = most_items(library.settings)
         self._backlog: Backlog = library.backlog
         self.stages = {
             group.name: group.load(library.settings, library.models)
@@ -213,8 +215,8 @@ class Planner:
             or not candidates
             or any(in_flight.values())
             or any(candidate.lane == CAREFUL for candidate in candidates)
-            or len(candidates) > self._library.settings.engine.batch_items
-            or sum(candidate.seconds_to_end for candidate in candidates) > self._settings.express_s
+            or len(candidates) > self._most_items
+            or sum(candidate.seconds_to_end for candidate in candidates) > express_s(self._library.settings)
         ):
             return False
         if len(held := pools(self._library.settings)) > 1:
@@ -260,7 +262,7 @@ class Planner:
         for candidate in candidates:
             lanes.setdefault(candidate.lane, []).append(candidate)
         short = [candidate for candidate in candidates if candidate.lane not in (LONG, CAREFUL)]
-        fits = len(short) <= self._library.settings.engine.batch_items and (
+        fits = len(short) <= self._most_items and (
             sum(candidate.seconds for candidate in short) <= self._settings.batch_seconds
         )
         if fits and len({candidate.lane for candidate in short}) > 1:
@@ -269,13 +271,12 @@ class Planner:
         yield from lanes.items()
 
     def _packed(self, members: Sequence[_Candidate]) -> Iterator[list[_Candidate]]:
-        """Batches of at most the engine's items and of about the planner's seconds, in order."""
+        """Batches of at most so many items and of about the planner's seconds, in order."""
         chosen: list[_Candidate] = []
         seconds = 0.0
         for candidate in members:
             if chosen and (
-                len(chosen) >= self._library.settings.engine.batch_items
-                or seconds + candidate.seconds > self._settings.batch_seconds
+                len(chosen) >= self._most_items or seconds + candidate.seconds > self._settings.batch_seconds
             ):
                 yield chosen
                 chosen, seconds = [], 0.0
@@ -285,8 +286,7 @@ class Planner:
             yield chosen
 
     def _is_full(self, chosen: Sequence[_Candidate]) -> bool:
-        most = self._library.settings.engine.batch_items
-        return len(chosen) >= most or sum(c.seconds for c in chosen) >= 0.8 * self._settings.batch_seconds
+        return len(chosen) >= self._most_items or sum(c.seconds for c in chosen) >= 0.8 * self._settings.batch_seconds
 
     def _is_overdue(self, chosen: Sequence[_Candidate]) -> bool:
         return max(candidate.waited_s for candidate in chosen) >= self._settings.max_wait_s

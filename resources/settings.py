@@ -86,7 +86,7 @@ class Decoding(_Section):
 class Engine(_Section):
     """How the batch engine runs."""
 
-    batch_items: int = Field(200, ge=1, description="media items per batch")
+    batch_items: int = Field(200, ge=1, description="media items per batch; of the planner's on Ray, unless set, any")
     window: int | None = Field(
         None,
         ge=1,
@@ -195,7 +195,8 @@ class Planner(_Section):
     express_s: float = Field(
         60.0,
         ge=0,
-        description="expected work up to which all groups share a run on an idle system, seconds; 0: never",
+        description="expected work up to which all groups share a run on an idle system, seconds; 0: never; on Ray,"
+        " unless set, 300",
     )
     max_wait_s: float = Field(60.0, ge=0, description="longest wait of an item for its batch to fill, seconds")
     price_per_hour: float = Field(0.0, ge=0, description="price of an hour of one run, in your currency, for estimates")
@@ -274,12 +275,10 @@ class Ray(_Section):
 
     address: str | None = Field(
         None,
-        description="host:port of the cluster's GCS, or ray://host:port; default: RAY_ADDRESS, then this machine's",
+        description="host:port of the cluster's GCS, or ray://host:port, or for steps alone http://host:port of its job"
+        " server; default: RAY_ADDRESS, then this machine's",
     )
     connect_timeout_s: float = Field(10.0, gt=0, description="time a cluster has to answer, seconds")
-    step_idle_s: float = Field(
-        3600.0, gt=0, description="processes of steps end when there was no step for this long, seconds"
-    )
 
 
 class Serving(_Section):

@@ -62,6 +62,14 @@ def test_without_settings_the_groups_are_the_usual_three() -> None:
         }
 
 
+def test_backfills_on_ray_have_larger_runs() -> None:
+    """Given executor ray, where each run starts a process, then its runs take more items, by group another number."""
+    found = groups(Settings(home=Path("nowhere"), compute=Compute(executor="ray")))
+    usual = {group.name: group.backfill_items for group in groups(settings())}
+    assert all(group.backfill_items > usual[group.name] for group in found)
+    assert len({group.backfill_items for group in found}) == len(found)
+
+
 def test_a_gpu_that_is_stated_is_asked_for_whatever_the_profile() -> None:
     """Given settings that name a GPU for models of a CPU, then they are taken at their word."""
     found = {

@@ -14,6 +14,7 @@ import pytest
 import sqlalchemy as sa
 from dagster._core.events import StepMaterializationData
 
+from jobs.batch_sizes import express_s, most_items
 from jobs.costs import Costs
 from jobs.express import EXPRESS, build_express_job, pools
 from jobs.planner import CAREFUL, LONG, MIXED, Planner, Tick
@@ -158,6 +159,36 @@ def test_more_work_goes_by_groups(library: Library, names: list[str]) -> None:
     planner = configure(library, express_s=60)
     register(library, *names)
     assert [batch.group for batch in planner.tick().batches] == ["decode"]
+
+
+def on_ray(library: Library) -> Planner:
+    """A planner of a library on a Ray cluster, where a step is a new process."""
+    compute = Compute(executor="ray")
+    library.settings = library.settings.model_copy(update={"compute": compute})
+    return Planner(library)
+
+
+def test_on_ray_seconds_of_work_fill_a_batch_and_not_items(library: Library) -> None:
+    """Given 1,000 photos of a second each, then a batch on Ray has as many as `batch_seconds` allow, here 200."""
+    register(library, *(f"{n:04d}.jpg" for n in range(1000)))
+    here = configure(library, express_s=0).dry_run(1000)
+    assert [len(batch.keys) for batch in here.batches] == [200] * 5
+    library.settings = Settings(home=library.settings.home)
+    on_cluster = on_ray(library).dry_run(1000)
+    assert [len(batch.keys) for batch in on_cluster.batches] == [900, 100]
+
+
+def test_on_ray_more_work_goes_through_all_groups_in_one_step(library: Library) -> None:
+    """Given 50 photos on an idle system, which are three minutes of work, then on Ray one step takes them to the end;
+    settings that say otherwise are obeyed."""
+    register(library, *(f"{n}.jpg" for n in range(50)))
+    assert [batch.group for batch in on_ray(library).tick().batches] == [EXPRESS]
+    assert express_s(library.settings) == pytest.approx(300)
+    said = library.settings.model_copy(
+        update={"planner": PlannerSettings(express_s=60), "engine": Engine(batch_items=200)}
+    )
+    assert express_s(said) == pytest.approx(60)
+    assert most_items(said) == 200
 
 
 def test_scattered_retries_are_packed_full(library: Library) -> None:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import dagster as dg
 
 from jobs.on_ray import executor
+from media_assets.grouping import groups
+from media_assets.groups import build_group
 from resources.compute import Needs, op_tags
+from resources.library import Library
 from resources.settings import Compute, Settings
 
 ON_RAY = executor(Settings.load())
 FOLDER = "MEDIA_TEST_FOLDER"
 DEADLINE_S = 120.0
+DECODE = replace(groups(Settings())[0], needs=Needs(cpus=1, memory_bytes=2**30))
 
 
 def _say(name: str) -> None:
@@ -29,25 +34,21 @@ def without_gpu() -> None:
     _say("cpu")
 
 
+@dg.op(tags=op_tags("analyse", Needs(cpus=1, gpus=0.5, memory_bytes=2**30), Compute()))
+def with_gpu() -> None:
+    """Says what it sees."""
+    _say("gpu")
+
+
 @dg.op(tags=op_tags("analyse", Needs(cpus=1, gpus=8, memory_bytes=2**30), Compute()))
 def too_large() -> None:
     """Never runs."""
 
 
-@dg.op(tags=op_tags("analyse", Needs(cpus=1, gpus=0.5, memory_bytes=2**30), Compute()))
-def lasting() -> None:
-    """Waits, the first time, for somebody to kill its node; the second time it ends."""
-    _say("lasting")
-    if len(list(Path(os.environ[FOLDER]).glob("lasting-*"))) == 1:
-        time.sleep(DEADLINE_S)
-
-
 @dg.op(tags=op_tags("decode", Needs(cpus=1, memory_bytes=2**30), Compute()))
 def endless() -> None:
-    """Goes on until it is interrupted, or until the second time."""
+    """Goes on until it is interrupted."""
     _say("endless")
-    if sum(len(file.read_text().splitlines()) for file in Path(os.environ[FOLDER]).glob("endless-*")) > 1:
-        return
     try:
         time.sleep(DEADLINE_S)
     except BaseException:
@@ -62,19 +63,26 @@ def waiting() -> None:
 
 
 @dg.job(executor_def=ON_RAY)
-def plain() -> None:
-    """A step for any node."""
-    without_gpu()
-
-
-@dg.job(executor_def=ON_RAY)
 def placed() -> None:
-    """A step for a GPU that outlives its node, and one for any node."""
-    lasting()
+    """A step for a share of a GPU, and one for any node."""
+    with_gpu()
     without_gpu()
 
 
 @dg.job(executor_def=ON_RAY)
 def oversized() -> None:
-    """A step that no node can take."""
+    """A step that any node can take, and one that no node can."""
+    without_gpu()
     too_large()
+
+
+def decode() -> dg.JobDefinition:
+    """The decode group of the library of MEDIA_HOME."""
+    library = Library.open()
+    definitions = dg.Definitions(
+        assets=[build_group(DECODE, library.settings, library.models)],
+        jobs=[dg.define_asset_job("process_decode", dg.AssetSelection.groups(DECODE.name))],
+        resources={"media": dg.ResourceDefinition(lambda _: library)},
+        executor=ON_RAY,
+    )
+    return definitions.resolve_job_def("process_decode")
