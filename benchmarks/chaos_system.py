@@ -16,10 +16,10 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from jobs.planner import Batch, Planner
-from resources import embedded_postgres
 from resources.errors import MediaError
+from resources.ingest.registry import Upload, discover
 from resources.library import Library
-from resources.registry import Upload, discover
+from resources.records import embedded_postgres
 from resources.settings import Settings
 
 PROJECT = Path(__file__).parents[1]
@@ -33,12 +33,12 @@ from resources.library import Library
 from rich.console import Console
 library = Library.open(sys.argv[1])
 work = Work(library, Console(stderr=True))
-from media_assets.partitions import add_partitions, explicit_batch_tags
+from media_assets.orchestration.partitions import add_partitions, explicit_batch_tags
 group, keys, careful = sys.argv[2], json.loads(sys.argv[3]), sys.argv[4] == "careful"
 add_partitions(work.instance, library.settings, keys)
 import dagster as dg
 from media_assets.definitions import build
-from media_assets.grouping import groups
+from media_assets.orchestration.grouping import groups
 (stages,) = [one.load(library.settings, library.models) for one in groups(library.settings) if one.name == group]
 result = build(library).resolve_job_def(f"process_{group}").execute_in_process(
     instance=work.instance, tags=explicit_batch_tags(keys, library.settings),

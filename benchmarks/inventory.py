@@ -79,7 +79,7 @@ AUDIT = """
 import json, sys
 import sqlalchemy as sa
 from cli.instance import open_instance
-from media_assets.partitions import MEDIA
+from media_assets.orchestration.partitions import MEDIA
 from resources.library import Library
 
 library = Library.open(sys.argv[1])

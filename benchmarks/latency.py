@@ -30,7 +30,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from cli.searching import open_search
-from media_assets.groups import LOADED_TAG
+from media_assets.orchestration.groups import LOADED_TAG
 from resources.errors import MediaError
 from resources.library import Library
 from resources.settings import Settings

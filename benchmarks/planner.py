@@ -33,9 +33,9 @@ from cli.instance import open_instance
 from jobs.planner import Planner
 from media_assets.engine.contract import MediaItem
 from media_assets.engine.versions import item_version
-from media_assets.partitions import add_partitions, media_partitions
+from media_assets.orchestration.partitions import add_partitions, media_partitions
+from resources.ingest.registry import Upload
 from resources.library import Library
-from resources.registry import Upload
 
 
 def fill(library: Library, planner: Planner, count: int) -> list[str]:

@@ -49,12 +49,12 @@ from benchmarks.chaos import photos
 from cli.instance import open_instance
 from jobs.on_ray import executor
 from jobs.planner import Planner
-from media_assets.grouping import Group, groups
-from media_assets.groups import build_group
-from media_assets.partitions import add_partitions, explicit_batch_tags
-from resources.compute import Needs
+from media_assets.orchestration.grouping import Group, groups
+from media_assets.orchestration.groups import build_group
+from media_assets.orchestration.partitions import add_partitions, explicit_batch_tags
+from resources.compute.needs import Needs
+from resources.ingest.registry import Upload, discover
 from resources.library import Library
-from resources.registry import Upload, discover
 from resources.settings import Settings
 from sensors.planner import follow, request
 from tests.cluster.ray_cluster import Cluster, ray_cluster

@@ -38,14 +38,14 @@ from evals.golden import Golden, GoldenItem
 from evals.probes import PolicyModerator
 from evals.result import Reader
 from media_assets.engine.contract import Inputs, MediaItem, Prepared, Stage, Unit
-from media_assets.moderation_labels import ModerationLabels
-from media_assets.moderation_scores import ModerationScores
-from media_assets.ocr_text import OcrText
-from media_assets.transcript import Transcript
+from media_assets.stages.moderation_labels import ModerationLabels
+from media_assets.stages.moderation_scores import ModerationScores
+from media_assets.stages.ocr_text import OcrText
+from media_assets.stages.transcript import Transcript
 from resources.errors import NotApplicable
+from resources.files.derived import DerivedStore
 from resources.library import Library
 from resources.models.registry import CATALOGUE, ModelRegistry
-from resources.storage import DerivedStore
 
 DECODED = ("media", "frames", "audio")
 ANALYSED = ("shots", "transcript", "ocr_text", "embeddings")

@@ -39,10 +39,10 @@ from rich.console import Console
 from sqlalchemy.dialects.postgresql import insert
 
 from cli.instance import prepare_environment
-from media_assets.partitions import MEDIA
+from media_assets.orchestration.partitions import MEDIA
+from resources.ingest.registry import media_id
 from resources.library import Library
-from resources.records import rejected_messages, uploads
-from resources.registry import media_id
+from resources.records.tables import rejected_messages, uploads
 from resources.settings import S3, Ingestion, Settings
 from sensors.s3_events import drain
 from sensors.s3_messages import SOURCE, parse

@@ -34,10 +34,10 @@ from rich.console import Console
 from cli.run import Work
 from media_assets import schemas
 from media_assets.engine.contract import Inputs, MediaItem, Memo, Stage, Unit
-from media_assets.grouping import groups
+from media_assets.orchestration.grouping import groups
 from resources.errors import Failure, MediaError, NotApplicable
+from resources.ingest.registry import Upload, discover
 from resources.library import Library
-from resources.registry import Upload, discover
 
 PROJECT = Path(__file__).parents[1]
 PARTS = tuple(schemas.PER_MEDIA)

@@ -9,8 +9,8 @@ import typer
 from cli.text import WHOLE, shown
 from media_assets.schemas import PER_MEDIA
 from resources import errors
+from resources.ingest.registry import UnknownMedia
 from resources.library import Library
-from resources.registry import UnknownMedia
 
 
 def live_items(library: Library, media_ids: Sequence[str]) -> None:

@@ -10,7 +10,16 @@ from rich.text import Text
 
 from cli import asked, tables
 from cli.text import WHOLE, console, shown
-from media_assets.dead_letters import Chosen, DeadLetter, Group, Rejected, dead_letters, grouped, rejected, replay
+from media_assets.library.dead_letters import (
+    Chosen,
+    DeadLetter,
+    Group,
+    Rejected,
+    dead_letters,
+    grouped,
+    rejected,
+    replay,
+)
 from resources.errors import printable
 from resources.library import Library
 
@@ -38,7 +47,7 @@ def show_dead_letters(library: Library, chosen: Chosen, again: bool, examples: i
 
 
 def _stages(library: Library) -> list[Any]:
-    from media_assets.grouping import groups
+    from media_assets.orchestration.grouping import groups
 
     return [stage for group in groups(library.settings) for stage in group.load(library.settings, library.models)]
 

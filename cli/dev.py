@@ -18,8 +18,8 @@ from rich.console import Console
 from cli.exit_codes import Exit
 from cli.instance import PROJECT, limit_pools, prepare_environment
 from cli.text import WHOLE, shown
+from resources.ingest.registry import uri_of
 from resources.library import Library
-from resources.registry import uri_of
 
 HOST = "127.0.0.1"
 FOLDERS_VARIABLE = "MEDIA_INGESTION__FOLDERS"

@@ -112,7 +112,7 @@ def _named(error: BaseException) -> tuple[str, Exit] | None:
 def _of_database(error: BaseException) -> tuple[str, Exit] | None:
     if type(error).__module__.partition(".")[0] not in ("sqlalchemy", "psycopg2"):
         return None
-    from resources.database import explained as of_database
+    from resources.records.database import explained as of_database
 
     told = of_database(error)
     return (str(told), Exit.DATABASE) if told else None

@@ -11,7 +11,7 @@ from evals.baseline import home_folder, store_baseline
 from evals.evaluate import EVALS, evaluate
 from evals.probes import golden_for, reader_of
 from resources.library import Library
-from resources.outcomes import EVALUATION
+from resources.records.outcomes import EVALUATION
 
 if TYPE_CHECKING:
     from evals.result import EvalResult

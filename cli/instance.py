@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.executors import instance_file, pool_limits
-from resources.files import made, replacing
+from resources.files.local import made, replacing
 from resources.library import Library
 from resources.settings import HOME_VARIABLE
 

@@ -222,7 +222,7 @@ def dead_letters(
     Example: [bold]media-assets dead-letters --class timeout --replay[/bold], after mending the cause
     """
     from cli.dead_letters import show_dead_letters
-    from media_assets.dead_letters import Chosen
+    from media_assets.library.dead_letters import Chosen
 
     with opened(home) as library:
         chosen = Chosen(media_ids or (), asset or (), error_class or (), changed)
@@ -309,7 +309,7 @@ def sql(
     """
     from cli.report import show_table
     from cli.searching import open_views
-    from resources.views import query as select
+    from resources.files.views import query as select
 
     with opened(home) as library:
         show_table(select(open_views(library), query), as_json)

@@ -9,8 +9,8 @@ import sqlalchemy as sa
 from rich.console import Console
 
 from cli.instance import prepare_environment
-from resources.database import LOCK_NAMESPACE, Database, Schema, SchemaNewer
 from resources.library import Library
+from resources.records.database import LOCK_NAMESPACE, Database, Schema, SchemaNewer
 
 _LOCK = -2  # within the project's advisory locks: one migration at a time
 EMPTY = "an empty database"

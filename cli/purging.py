@@ -19,14 +19,14 @@ from cli.exit_codes import Exit
 from cli.text import WHOLE, shown
 from cli.text import console as plain_console
 from evals.forget import forget, golden_files
-from media_assets.purge import purge_shared
-from resources.erasure import Eraser, Subject, Twin, erase_log_lines, erase_server_log
-from resources.event_log import EventLog
+from media_assets.library.purge import purge_shared
 from resources.faults import fault
+from resources.ingest.registry import UnknownMedia
 from resources.library import Library
-from resources.outcomes import EVALUATION
-from resources.registry import UnknownMedia
-from resources.traces import scan
+from resources.records.erasure import Eraser, Subject, Twin, erase_log_lines, erase_server_log
+from resources.records.event_log import EventLog
+from resources.records.outcomes import EVALUATION
+from resources.records.traces import scan
 
 _MOST_SHOWN = 30
 _out = plain_console()

@@ -14,14 +14,14 @@ from rich.text import Text
 from cli import asked, tables
 from cli.text import WHOLE, console
 from cli.text import shown as _shown
-from resources.event_log import EventLog
 from resources.library import Library
+from resources.records.event_log import EventLog
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from cli.run import Summary
-    from resources.outcomes import Outcome
+    from resources.records.outcomes import Outcome
 
 STATUSES = ("ok", "not_applicable", "retryable", "quarantined", "running")
 _MOST_FAILURES = 30

@@ -13,9 +13,9 @@ from rich.console import Console
 
 from cli.instance import open_instance
 from cli.progress import Expected, Reporter
+from resources.ingest.registry import Problem, Upload, discover
 from resources.library import Library
-from resources.outcomes import Status
-from resources.registry import Problem, Upload, discover
+from resources.records.outcomes import Status
 
 if TYPE_CHECKING:
     from dagster import DagsterInstance
@@ -96,9 +96,9 @@ class Work:
 
     def _process(self, items: Sequence[MediaItem]) -> None:
         from jobs.express import WHOLE, WHOLE_JOB, pools
-        from media_assets.grouping import groups
-        from media_assets.partitions import explicit_batch_tags
-        from media_assets.planning import pending
+        from media_assets.engine.planning import pending
+        from media_assets.orchestration.grouping import groups
+        from media_assets.orchestration.partitions import explicit_batch_tags
 
         settings, models = self.library.settings, self.library.models
         every = {group.name: self._selected(group.load(settings, models)) for group in groups(settings)}
@@ -126,7 +126,7 @@ class Work:
 
     def _expected(self, items: Sequence[MediaItem], stages: Mapping[str, list[Stage[Any, Any]]]) -> Expected:
         from jobs.costs import SAMPLE, Costs, kind_of
-        from media_assets.planning import to_do
+        from media_assets.engine.planning import to_do
 
         ids = [item.media_id for item in items]
         rows = {row["media_id"]: row for row in self.library.registry.live(ids)}
@@ -144,7 +144,7 @@ class Work:
         self, items: Sequence[MediaItem], stages: Mapping[str, list[Stage[Any, Any]]]
     ) -> dict[tuple[str, ...], list[str]]:
         """Media IDs by the groups, two or more, in which something of them is pending."""
-        from media_assets.planning import pending
+        from media_assets.engine.planning import pending
 
         records = self.library.outcomes.load([item.media_id for item in items])
         needed: dict[str, list[str]] = {}
@@ -162,8 +162,8 @@ class Work:
 
         What was in flight when its process died, and may have killed it, comes last and goes one at a time.
         """
-        from media_assets.checker import checker
-        from media_assets.partitions import add_partitions
+        from media_assets.checks.checker import checker
+        from media_assets.orchestration.partitions import add_partitions
 
         if waiting:
             checker().warm()  # beside Dagster's imports; the first check may come soon after
@@ -177,7 +177,7 @@ class Work:
                 yield {"keys": keys[first : first + size], "careful": keys[first] in suspected}
 
     def _suspects(self, waiting: Sequence[str]) -> set[str]:
-        from media_assets.planning import suspects
+        from media_assets.engine.planning import suspects
 
         outcomes = self.library.outcomes
         return suspects(outcomes.load(waiting), cache(lambda run_id: not outcomes.alive([run_id])))
@@ -186,9 +186,9 @@ class Work:
         return [stage for stage in stages if not self.select or stage.name in self.select]
 
     def _rebuild(self) -> None:
-        from media_assets.buckets import key as bucket_key
-        from media_assets.global_assets import library_changed
-        from media_assets.partitions import range_tags
+        from media_assets.library.buckets import key as bucket_key
+        from media_assets.orchestration.global_assets import library_changed
+        from media_assets.orchestration.partitions import range_tags
 
         wanted = [name for name in SPANNING if not self.select or name in self.select]
         if not wanted or not library_changed(self.library):
@@ -218,7 +218,7 @@ class Work:
         """Execute a job, with `config` for its op; `assets` are those chosen of an asset job."""
         import dagster as dg
 
-        from media_assets.partitions import HOST_TAG
+        from media_assets.orchestration.partitions import HOST_TAG
 
         instance = self.instance
         if self._definitions is None:

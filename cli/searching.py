@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from media_assets.schemas import NEAR_DUPLICATES, PER_MEDIA
+from resources.files.views import connect, outcomes_table
 from resources.library import Library
-from resources.views import connect, outcomes_table
 
 if TYPE_CHECKING:
     import duckdb
@@ -40,7 +40,7 @@ def open_search(library: Library) -> SearchEngine:
 
 def _encoder(library: Library) -> Callable[[list[str]], Vectors]:
     """Encodes texts in the joint space: with the warm model of the cluster where models are served, else in here."""
-    from media_assets.remote import text_encoder
+    from media_assets.engine.remote import text_encoder
 
     return text_encoder(library.settings, library.models)
 

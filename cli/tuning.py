@@ -20,8 +20,8 @@ def tune(library: Library, tasks: Sequence[str], budget_s: float, console: Conso
     Of all stages, those that cannot be tuned are said and left out. Raises NothingToTune for one of `tasks`, and where
     none could be.
     """
-    from media_assets.grouping import groups
-    from media_assets.tuning import NothingToTune
+    from media_assets.engine.tuning import NothingToTune
+    from media_assets.orchestration.grouping import groups
 
     settings, models = library.settings, library.models
     if unknown := sorted(set(tasks) - set(models.tasks())):
@@ -44,8 +44,8 @@ def tune(library: Library, tasks: Sequence[str], budget_s: float, console: Conso
 
 
 def _tuned(library: Library, stage: Stage[Any, Any], budget_s: float, console: Console) -> dict[str, Any]:
-    from media_assets.tuning import best_of, sample, trials
-    from resources.tuning import device_name, record
+    from media_assets.engine.tuning import best_of, sample, trials
+    from resources.models.tuning import device_name, record
 
     console.print(f"{stage.name}: preparing inputs and loading models")
     units = sample(library, stage)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from evals.golden import Golden, GoldenSetError
 from evals.result import Better, EvalResult, Figure, safe_name
 from resources import handwritten
-from resources.files import replacing
+from resources.files.local import replacing
 
 SHIPPED = Path(__file__).with_name("baselines")
 ROUNDING = 1e-9

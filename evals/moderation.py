@@ -82,7 +82,7 @@ def evaluate_moderation(golden: Golden, tables: Reader) -> EvalResult:
 
 def expectations(terms: Sequence[str]) -> list[tuple[str, ...]]:
     """Golden terms as choices of taxonomy labels; a term the taxonomy has no label for is left out."""
-    from media_assets.taxonomy import LABELS
+    from media_assets.moderation.taxonomy import LABELS
 
     choices = [TERMS.get(term, (term,)) for term in terms]
     known = [tuple(label for label in options if label in LABELS) for options in choices]

@@ -7,11 +7,11 @@ from typing import Protocol
 
 from evals.golden import Golden, Item, golden_of
 from evals.result import Reader, Vectors, Verdict
-from media_assets.policy import Policy, Score, decide, load_policy
-from media_assets.taxonomy import NO_FINDING
+from media_assets.moderation.policy import Policy, Score, decide, load_policy
+from media_assets.moderation.taxonomy import NO_FINDING
+from resources.files.derived import DerivedStore
 from resources.models.registry import ModelRegistry
 from resources.settings import Settings
-from resources.storage import DerivedStore
 
 
 class Media(Protocol):
@@ -63,7 +63,7 @@ class PolicyModerator:
     MODALITY = "text"
 
     def __init__(self, settings: Settings, models: ModelRegistry) -> None:
-        from media_assets.moderation_scores import TEXT_TASK, ModerationScores
+        from media_assets.stages.moderation_scores import TEXT_TASK, ModerationScores
 
         self._settings = settings
         self._stage = ModerationScores(settings, models)
@@ -77,7 +77,7 @@ class PolicyModerator:
 
     def judge(self, texts: Sequence[str]) -> list[Verdict]:
         """A verdict per text, in order. Raises ModelUnavailable, PolicyError."""
-        from media_assets.moderation_scores import TextUnit
+        from media_assets.stages.moderation_scores import TextUnit
 
         policy = load_policy(self._settings.home)
         answers = self._stage.answer_texts({str(number): TextUnit(text) for number, text in enumerate(texts)})

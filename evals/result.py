@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from evals.golden import Golden, GoldenItem, Item
 from resources.errors import MediaError, printable
-from resources.files import replacing
+from resources.files.local import replacing
 
 Better = Literal["higher", "lower"]
 METADATA_KEY = b"media_assets.eval"
@@ -34,7 +34,7 @@ class NotProcessedError(MediaError):
 
 
 class TableStore(Protocol):
-    """Where derived tables are read from; `resources.storage.DerivedStore` is one."""
+    """Where derived tables are read from; `resources.files.derived.DerivedStore` is one."""
 
     def read(self, asset: str, media_id: str, side: str = "", columns: list[str] | None = None) -> pa.Table:
         """The stored table. Raises FileNotFoundError when there is none."""

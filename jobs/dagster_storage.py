@@ -16,8 +16,8 @@ import sqlalchemy as sa
 from dagster._serdes import ConfigurableClassData
 from dagster_postgres import DagsterPostgresStorage
 
-from resources.database import KEEPALIVE
-from resources.database_url import psycopg2_url
+from resources.records.database import KEEPALIVE
+from resources.records.database_url import psycopg2_url
 
 _KEPT = 2  # idle connections a process keeps at most
 _RECYCLE_S = 1800  # age at which one is replaced

@@ -6,8 +6,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from media_assets.grouping import groups
-from resources import devices
+from media_assets.orchestration.grouping import groups
+from resources.compute import devices
 from resources.errors import MediaError
 from resources.settings import Settings
 

@@ -15,7 +15,7 @@ import dagster as dg
 from dagster_ray import ray_executor
 from dagster_ray.configs import RayExecutionConfig
 
-from resources.ray_cluster import ClusterUnavailable, address, check_fits, check_reachable
+from resources.compute.ray_cluster import ClusterUnavailable, address, check_fits, check_reachable
 from resources.settings import Settings
 
 MOST_NODES = 10_000

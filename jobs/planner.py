@@ -19,12 +19,12 @@ from jobs.batch_sizes import express_s, most_items
 from jobs.costs import SAMPLE, Costs, kind_of
 from jobs.express import EXPRESS, pools
 from media_assets.engine.contract import MediaItem, Stage
+from media_assets.engine.planning import Judgement, Need, judge
 from media_assets.engine.versions import code_version
-from media_assets.grouping import groups as groups_of
-from media_assets.planning import Judgement, Need, judge
-from resources.backlog import Backlog, Waiting
+from media_assets.orchestration.grouping import groups as groups_of
 from resources.library import Library
-from resources.outcomes import Outcome
+from resources.records.backlog import Backlog, Waiting
+from resources.records.outcomes import Outcome
 
 LONG = "long"
 CAREFUL = "careful"

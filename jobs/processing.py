@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dagster as dg
 
-from media_assets.grouping import groups
-from resources.compute import op_tags, run_tags
+from media_assets.orchestration.grouping import groups
+from resources.compute.needs import op_tags, run_tags
 from resources.settings import Settings
 
 

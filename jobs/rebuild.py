@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dagster as dg
 
-from media_assets.buckets import key
-from media_assets.global_assets import REBUILD, library_changed, needs_of_rebuild
-from media_assets.grouping import LIBRARY
-from media_assets.partitions import range_tags
-from resources.compute import op_tags, run_tags
+from media_assets.library.buckets import key
+from media_assets.orchestration.global_assets import REBUILD, library_changed, needs_of_rebuild
+from media_assets.orchestration.grouping import LIBRARY
+from media_assets.orchestration.partitions import range_tags
+from resources.compute.needs import op_tags, run_tags
 from resources.library import Library
 from resources.settings import Settings
 

@@ -13,7 +13,7 @@ from typing import Any
 import dagster as dg
 
 from jobs.quiet_sensors import hush
-from resources.compute import ECS_PREFIX, GROUP_TAG, K8S_TAG, KIND_TAG, RAY_TAG
+from resources.compute.needs import ECS_PREFIX, GROUP_TAG, K8S_TAG, KIND_TAG, RAY_TAG
 
 _LAUNCHERS = (GROUP_TAG, KIND_TAG, ECS_PREFIX, K8S_TAG)
 

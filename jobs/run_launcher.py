@@ -23,7 +23,7 @@ from dagster._core.events import EngineEventData
 from dagster._core.launcher import CheckRunHealthResult, LaunchRunContext, WorkerStatus
 from dagster._serdes import ConfigurableClassData, serialize_value
 
-from media_assets.partitions import HOST_TAG
+from media_assets.orchestration.partitions import HOST_TAG
 
 _GRPC_TAG = ".dagster/grpc_info"
 LOOPBACK = ("localhost", "127.0.0.1")

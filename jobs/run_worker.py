@@ -15,7 +15,7 @@ import signal
 import socket
 from typing import Any
 
-from resources.process import may_stay
+from resources.compute.process import may_stay
 
 LEFT_OPEN = "The worker came back from this run without its having ended."
 

@@ -16,9 +16,9 @@ from jobs.executors import executor  # noqa: E402
 from jobs.express import build_express_job, build_whole_job  # noqa: E402
 from jobs.processing import build_processing_jobs  # noqa: E402
 from jobs.rebuild import build_rebuild_job, build_rebuild_schedule  # noqa: E402
-from media_assets.global_assets import build_global_assets  # noqa: E402
-from media_assets.grouping import groups  # noqa: E402
-from media_assets.groups import build_group  # noqa: E402
+from media_assets.orchestration.global_assets import build_global_assets  # noqa: E402
+from media_assets.orchestration.grouping import groups  # noqa: E402
+from media_assets.orchestration.groups import build_group  # noqa: E402
 from resources.library import Library  # noqa: E402
 from sensors.alerts import build_alert_sensor  # noqa: E402
 from sensors.folder import build_folder_sensor  # noqa: E402

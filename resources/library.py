@@ -10,17 +10,17 @@ from typing import Any, Self
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
 
-from resources.backlog import Backlog
-from resources.database import Database
 from resources.errors import printable
-from resources.files import private
+from resources.files.derived import DerivedStore
+from resources.files.local import private
+from resources.files.object_store import location
+from resources.ingest.registry import Registry
 from resources.models.registry import ModelRegistry
-from resources.object_store import location
-from resources.outcomes import OutcomeStore
-from resources.records import library_state
-from resources.registry import Registry
+from resources.records.backlog import Backlog
+from resources.records.database import Database
+from resources.records.outcomes import OutcomeStore
+from resources.records.tables import library_state
 from resources.settings import BadSettings, Settings
-from resources.storage import DerivedStore
 
 
 class Library:

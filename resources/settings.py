@@ -13,9 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, f
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings import SettingsError as VariableError
 
-from resources import database_url, handwritten
+from resources import handwritten
+from resources.compute.process import usable_cpus
 from resources.errors import MediaError
-from resources.process import usable_cpus
+from resources.records import database_url
 
 HOME_VARIABLE = "MEDIA_HOME"
 FILE = "settings.toml"

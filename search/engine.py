@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from media_assets import schemas
-from media_assets.index_shard import (
+from media_assets.library.index_shard import (
     JOINT,
     TEXT_UNITS,
     VISUAL,
@@ -31,11 +31,11 @@ from media_assets.index_shard import (
     indexed_buckets,
     open_bucket,
 )
-from resources import views
-from resources.catalog_files import arrow_path, filesystem
 from resources.errors import MediaError, printable
-from resources.registry import UnknownMedia
-from resources.storage import DerivedStore
+from resources.files import views
+from resources.files.catalog_files import arrow_path, filesystem
+from resources.files.derived import DerivedStore
+from resources.ingest.registry import UnknownMedia
 
 RANK_OFFSET = 60  # of reciprocal rank fusion, as published
 BM25_K1, BM25_B = 1.2, 0.75

@@ -11,10 +11,10 @@ import dagster as dg
 import sqlalchemy as sa
 from pydantic import BaseModel, ConfigDict
 
-from resources.database import Database
 from resources.errors import UpstreamFailed, printable
-from resources.outcomes import Status
-from resources.records import batches, outcome_history, rejected_messages
+from resources.records.database import Database
+from resources.records.outcomes import Status
+from resources.records.tables import batches, outcome_history, rejected_messages
 
 SETTLED_S = 10.0
 """Records younger than this wait for the next look: one with a lower number may not be committed yet."""

@@ -6,7 +6,7 @@ import time
 import dagster as dg
 from pydantic import ValidationError
 
-from media_assets.partitions import add_partitions
+from media_assets.orchestration.partitions import add_partitions
 from resources.errors import printable
 from resources.library import Library
 from resources.settings import Settings

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pydantic import BaseModel, ConfigDict
 
 from resources.errors import printable
-from resources.registry import (
+from resources.ingest.registry import (
     LocalFile,
     Problem,
     Registry,

@@ -8,11 +8,11 @@ import dagster as dg
 from jobs.express import EXPRESS
 from jobs.planner import Batch, Planner
 from jobs.rebuild import rebuild_request
-from media_assets.lost import report_lost
-from media_assets.partitions import add_partitions, explicit_batch_tags
-from resources.backlog import BatchRecord
+from media_assets.orchestration.lost import report_lost
+from media_assets.orchestration.partitions import add_partitions, explicit_batch_tags
+from resources.ingest.registry import CHANGES
 from resources.library import Library
-from resources.registry import CHANGES
+from resources.records.backlog import BatchRecord
 from resources.settings import Settings
 from sensors.intervals import every, stay_s
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import dagster as dg
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from resources.erasure import text_files
+from resources.records.erasure import text_files
 from resources.settings import Retention, Settings
 
 NAME = "retention_sensor"

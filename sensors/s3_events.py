@@ -11,13 +11,13 @@ from typing import Any, TypeAlias
 import dagster as dg
 import sqlalchemy as sa
 
-from media_assets.partitions import add_partitions
+from media_assets.orchestration.partitions import add_partitions
 from resources.errors import DatabaseUnavailable, MediaError
 from resources.faults import fault
+from resources.ingest.object_versions import VersionedRegistry
+from resources.ingest.queues import Message, Queue, QueueUnavailable
 from resources.library import Library
-from resources.object_versions import VersionedRegistry
-from resources.queues import Message, Queue, QueueUnavailable
-from resources.rejected import Rejected, RejectedMessages
+from resources.records.rejected import Rejected, RejectedMessages
 from resources.settings import Settings
 from sensors.intervals import every, stay_s
 from sensors.s3_messages import SOURCE, Events, NotUnderstood, parse

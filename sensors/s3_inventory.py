@@ -2,9 +2,9 @@
 
 import dagster as dg
 
-from media_assets.partitions import add_partitions
+from media_assets.orchestration.partitions import add_partitions
 from resources.errors import printable
-from resources.inventory import Cursor, Inventory, Report
+from resources.ingest.inventory import Cursor, Inventory, Report
 from resources.library import Library
 from resources.settings import Settings
 

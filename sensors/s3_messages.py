@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 from urllib.parse import unquote_plus
 
 from resources.errors import MediaError, printable
-from resources.object_versions import VersionRemoval
-from resources.registry import Removal, Upload
+from resources.ingest.object_versions import VersionRemoval
+from resources.ingest.registry import Removal, Upload
 
 SOURCE = "s3_event"
 TEST_EVENT = "s3:TestEvent"

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from dagster_aws.utils import ResourceWithBoto3Configuration
 
-from resources.queues import RECEIVERS, unreachable
+from resources.ingest.queues import RECEIVERS, unreachable
 from resources.settings import Settings
 
 _AWS_URL = re.compile(r"https://(?:sqs\.([a-z0-9-]+)|([a-z0-9-]+)\.queue)\.amazonaws\.com(?:\.cn)?/")

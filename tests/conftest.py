@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from resources import embedded_postgres
-from resources.database import Database
 from resources.library import Library
 from resources.models.registry import ModelRegistry
+from resources.records import embedded_postgres
+from resources.records.database import Database
 from resources.settings import Settings
 
 HERE = Path(__file__).parent

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import dagster as dg
 
-from media_assets.grouping import groups
-from media_assets.groups import build_group
-from media_assets.partitions import explicit_batch_tags, range_tags
+from media_assets.orchestration.grouping import groups
+from media_assets.orchestration.groups import build_group
+from media_assets.orchestration.partitions import explicit_batch_tags, range_tags
 from resources.library import Library
 from resources.settings import Settings
 

@@ -11,9 +11,9 @@ from rich.console import Console
 
 from cli.run import Work
 from media_assets import schemas
+from resources.ingest.registry import Upload
 from resources.library import Library
-from resources.outcomes import Claim, Cost, Status
-from resources.registry import Upload
+from resources.records.outcomes import Claim, Cost, Status
 
 MODEL = "clip@111111111111"
 CONCEPTS = ("lighthouse", "harbour", "tram", "orchard")

@@ -19,7 +19,7 @@ import sqlalchemy as sa
 
 from cli.instance import open_instance
 from resources.library import Library
-from resources.records import batches, outcome_history, rejected_messages
+from resources.records.tables import batches, outcome_history, rejected_messages
 from resources.settings import Alerts, Settings
 from sensors import failures
 from sensors.alerts import UNSET, build_alert_sensor

@@ -14,13 +14,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from upath import UPath
 
-from media_assets import catalog, schemas
-from media_assets.buckets import BucketBusy, Buckets, BucketsChanged, bucket_of, exclusive
-from media_assets.catalog import AssetReport, compact
-from resources import views
-from resources.catalog_files import data_path, items_path, manifest_path
-from resources.storage import DerivedStore
-from resources.views import BadQuery
+from media_assets import schemas
+from media_assets.library import catalog
+from media_assets.library.buckets import BucketBusy, Buckets, BucketsChanged, bucket_of, exclusive
+from media_assets.library.catalog import AssetReport, compact
+from resources.files import views
+from resources.files.catalog_files import data_path, items_path, manifest_path
+from resources.files.derived import DerivedStore
+from resources.files.views import BadQuery
 
 Pairs = dict[str, str]
 

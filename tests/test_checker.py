@@ -15,16 +15,16 @@ import psutil
 import pyarrow as pa
 import pytest
 
-from media_assets import checker as module
 from media_assets import schemas
-from media_assets.check_report import CheckReport
-from media_assets.checker import Checker, CheckerDied, checker
-from media_assets.grouping import groups
-from media_assets.groups import build_group
-from media_assets.partitions import add_partitions, explicit_batch_tags
-from media_assets.quality import EXPECTATIONS
+from media_assets.checks import checker as module
+from media_assets.checks.check_report import CheckReport
+from media_assets.checks.checker import Checker, CheckerDied, checker
+from media_assets.checks.quality import EXPECTATIONS
+from media_assets.orchestration.grouping import groups
+from media_assets.orchestration.groups import build_group
+from media_assets.orchestration.partitions import add_partitions, explicit_batch_tags
+from resources.ingest.registry import Upload, discover
 from resources.library import Library
-from resources.registry import Upload, discover
 from resources.settings import Settings
 from tests.test_expectations import LIMIT_S, MEDIA, rows_of, schema_of
 
@@ -137,7 +137,9 @@ def test_a_forked_process_has_a_checker_of_its_own(own: Checker, monkeypatch: py
 
 def test_it_dies_with_its_parent() -> None:
     """Given a process with a checker, when it is killed, then the checker is gone too."""
-    code = "from media_assets.checker import checker; checker().warm(); print(checker().pid(), flush=True); input()"
+    code = (
+        "from media_assets.checks.checker import checker; checker().warm(); print(checker().pid(), flush=True); input()"
+    )
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as parent:

@@ -20,12 +20,12 @@ from cli.errors import explained
 from cli.exit_codes import Exit
 from evals.baseline import Baseline, _store
 from evals.golden import GoldenSetError
-from resources import database_url, embedded_postgres
-from resources.database import Database
 from resources.errors import DatabaseUnavailable, ModelUnavailable
-from resources.files import replacing
+from resources.files.local import replacing
 from resources.library import Library
 from resources.models.registry import ModelRegistry
+from resources.records import database_url, embedded_postgres
+from resources.records.database import Database
 from resources.settings import BadSettings, Settings
 from tests.commands import Commands
 

@@ -15,9 +15,9 @@ from cli.text import console
 from media_assets import schemas
 from media_assets.engine.contract import MediaItem
 from resources.errors import Failure
+from resources.ingest.registry import Upload
 from resources.library import Library
-from resources.outcomes import Claim, Cost
-from resources.registry import Upload
+from resources.records.outcomes import Claim, Cost
 from search.engine import Hit, SearchResponse
 from tests.commands import Commands
 from tests.shelf import finish, put, register

@@ -19,17 +19,17 @@ from cli.main import app
 from jobs import executors
 from jobs.executors import ExecutorUnavailable, executor, instance_file, pool_limits
 from media_assets.definitions import build
-from media_assets.grouping import groups
-from media_assets.groups import build_group
-from media_assets.partitions import add_partitions, explicit_batch_tags
-from media_assets.processor import Processor, processor
-from resources import devices
-from resources.compute import BadNeeds, Needs, micro_batch_scale, op_tags, run_tags
-from resources.database import Database
-from resources.devices import Device, DeviceUnavailable, assigned, candidates, visible
-from resources.event_log import EventLog
+from media_assets.orchestration.grouping import groups
+from media_assets.orchestration.groups import build_group
+from media_assets.orchestration.partitions import add_partitions, explicit_batch_tags
+from media_assets.orchestration.processor import Processor, processor
+from resources.compute import devices
+from resources.compute.devices import Device, DeviceUnavailable, assigned, candidates, visible
+from resources.compute.needs import BadNeeds, Needs, micro_batch_scale, op_tags, run_tags
+from resources.ingest.registry import discover
 from resources.library import Library
-from resources.registry import discover
+from resources.records.database import Database
+from resources.records.event_log import EventLog
 from resources.settings import Compute, GroupNeeds, Settings
 
 PHOTO = Path(__file__).parents[1] / "samples" / "media" / "photos" / "cat.jpg"
@@ -471,7 +471,7 @@ def test_a_run_without_its_gpu_fails_with_the_sentence(library: Library, monkeyp
     found = EventLog(library.database).failed_run(ids[0])
     assert found is not None
     assert (found.run_id, found.job) == (done.run_id, "job")
-    assert found.error.startswith(f"resources.devices.DeviceUnavailable: {said} Run it on a machine with a GPU")
+    assert found.error.startswith(f"resources.compute.devices.DeviceUnavailable: {said} Run it on a machine with a GPU")
     status = CliRunner().invoke(app, ["status", ids[0]], env={"COLUMNS": "1000"})
     assert f"Its last run failed (job {done.run_id}" in status.stdout
     assert said in " ".join(status.stdout.split())

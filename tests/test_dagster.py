@@ -27,10 +27,10 @@ from PIL import Image
 from cli.instance import open_instance
 from media_assets.engine.batch import BatchEngine
 from media_assets.engine.versions import code_version
-from media_assets.partitions import add_partitions, partition_of, range_tags
-from resources import process
+from media_assets.orchestration.partitions import add_partitions, partition_of, range_tags
+from resources.compute import process
+from resources.ingest.registry import Upload, discover
 from resources.library import Library
-from resources.registry import Upload, discover
 from resources.settings import Index, Settings
 from tests.local import DECODE, DECODED, GROUPS, Local
 
@@ -39,9 +39,9 @@ DEADLINE_S = 300.0
 POLL_S = 0.5
 REGISTER = """
 import json, sys
-from resources import process
+from resources.compute import process
 from resources.library import Library
-from resources.registry import discover
+from resources.ingest.registry import discover
 library = Library.open(sys.argv[1])
 print(json.dumps(library.registry.add(list(discover(sys.argv[2:])))))
 library.close()

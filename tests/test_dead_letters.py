@@ -9,14 +9,14 @@ import pytest
 import sqlalchemy as sa
 
 from cli.dead_letters import show_dead_letters
-from media_assets.dead_letters import Chosen, dead_letters, grouped, rejected, replay
 from media_assets.engine.contract import MediaItem
 from media_assets.engine.versions import item_version
+from media_assets.library.dead_letters import Chosen, dead_letters, grouped, rejected, replay
 from resources.errors import Failure
+from resources.ingest.registry import Removal, UnknownMedia
 from resources.library import Library
-from resources.outcomes import Claim, Cost, Outcome, Status
-from resources.records import rejected_messages, uploads
-from resources.registry import Removal, UnknownMedia
+from resources.records.outcomes import Claim, Cost, Outcome, Status
+from resources.records.tables import rejected_messages, uploads
 from tests.shelf import register
 from tests.toy_stages import CHAIN, Doubled, Numbers, Total, Toy
 

@@ -15,17 +15,17 @@ import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
 from media_assets import schemas
-from media_assets.audio import Audio
 from media_assets.engine.contract import Inputs, MediaItem, Product
-from media_assets.frames import Frames
-from media_assets.media import Media
-from media_assets.previews.contact_sheet import MAX_BYTES, contact_sheet
-from media_assets.tracks import SAMPLE_RATE, read_pcm, read_still, read_track
+from media_assets.stages.audio import Audio
+from media_assets.stages.frames import Frames
+from media_assets.stages.media import Media
+from media_assets.stages.support.previews.contact_sheet import MAX_BYTES, contact_sheet
+from media_assets.stages.support.tracks import SAMPLE_RATE, read_pcm, read_still, read_track
 from resources.decoding import pictures
 from resources.errors import NotApplicable
+from resources.files.derived import DerivedStore
 from resources.models.registry import ModelRegistry
 from resources.settings import Settings
-from resources.storage import DerivedStore
 
 RED, GREEN, BLUE = (200, 30, 30), (30, 180, 40), (40, 50, 200)
 STAGES = {"media": Media, "frames": Frames, "audio": Audio}

@@ -19,12 +19,13 @@ from cli.main import app
 from cli.run import SPANNING
 from evals.evaluate import EVALS
 from media_assets import schemas
-from resources import errors, outcomes
+from resources import errors
+from resources.files.derived import DerivedStore
+from resources.files.views import OUTCOMES, connect, outcomes_table, query
 from resources.models.registry import CATALOGUE, ROUTES
 from resources.models.screens import SCREENS
+from resources.records import outcomes
 from resources.settings import Settings
-from resources.storage import DerivedStore
-from resources.views import OUTCOMES, connect, outcomes_table, query
 
 PROJECT = Path(__file__).parents[1]
 README = PROJECT / "README.md"
@@ -122,7 +123,7 @@ def test_every_column_of_outcomes_and_duplicates_stands_in_the_concepts() -> Non
 
 
 def test_the_transitions_are_those_of_the_code() -> None:
-    """Given the transition table in resources/outcomes.py, then the concepts show the same one."""
+    """Given the transition table in resources/records/outcomes.py, then the concepts show the same one."""
     found = re.search(r"(?:^    \S.*\n)+", outcomes.__doc__ or "", flags=re.MULTILINE)
     assert found
     table = textwrap.dedent(found[0]).strip()

@@ -20,16 +20,16 @@ import psutil
 import pytest
 import sqlalchemy as sa
 
-from resources import embedded_postgres
 from resources.errors import DatabaseUnavailable
-from resources.files import FolderUnusable
+from resources.files.local import FolderUnusable
+from resources.records import embedded_postgres
 from tests.conftest import HERE
 
 IS_ROOT = os.geteuid() == 0
 USE = """
 import sys
 from pathlib import Path
-from resources.embedded_postgres import serve
+from resources.records.embedded_postgres import serve
 print(serve(Path(sys.argv[1])), flush=True)
 sys.stdin.read()
 """

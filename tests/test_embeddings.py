@@ -18,10 +18,11 @@ import pytest
 from PIL import Image
 
 from media_assets import schemas
-from media_assets.embeddings import Embeddings, Still
 from media_assets.engine.contract import Inputs, MediaItem, Unit
-from resources import devices
+from media_assets.stages.embeddings import Embeddings, Still
+from resources.compute import devices
 from resources.errors import Failure, ModelUnavailable
+from resources.files.derived import DerivedStore
 from resources.models import openclip_offline
 from resources.models.openclip import OpenClip
 from resources.models.openclip_offline import (
@@ -38,7 +39,6 @@ from resources.models.openclip_onnx import OnnxTowers, Preparation, Tokens
 from resources.models.openclip_torch import TorchTowers
 from resources.models.registry import ModelRegistry
 from resources.models.weights import locate
-from resources.storage import DerivedStore
 
 QUERIES = {
     "astronaut": "a photo of an astronaut in a space suit",
@@ -273,8 +273,8 @@ def test_a_picture_and_a_text_need_no_torch(model: OpenClip, model_home: Path) -
 import io, sys
 from pathlib import Path
 from PIL import Image
-from media_assets.embeddings import Embeddings, Still
-from media_assets.remote import text_encoder
+from media_assets.stages.embeddings import Embeddings, Still
+from media_assets.engine.remote import text_encoder
 from media_assets.engine.contract import Unit
 from resources.models.registry import ModelRegistry
 from resources.settings import Settings

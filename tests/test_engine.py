@@ -34,14 +34,14 @@ from media_assets.engine.events import (
 )
 from media_assets.engine.executors import Serial, Threads, timed
 from media_assets.engine.scheduler import MAX_HANGS
-from resources.database import Database
+from resources.compute.heartbeat import beat
 from resources.errors import Failure, ModelUnavailable, Undecodable
-from resources.heartbeat import beat
+from resources.files.derived import DerivedStore
 from resources.library import Library
 from resources.models.registry import ModelRegistry
-from resources.outcomes import OutcomeStore, Status
+from resources.records.database import Database
+from resources.records.outcomes import OutcomeStore, Status
 from resources.settings import Engine, Settings
-from resources.storage import DerivedStore
 from tests.settled import settled
 from tests.toy_stages import CHAIN, Doubled, Fault, Numbers, Total, Toy
 
@@ -254,7 +254,7 @@ def test_a_full_disk_ends_the_item_and_not_the_batch(bench: Bench, monkeypatch: 
 def test_a_disk_that_is_really_full_is_named(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Given a device without space, when tables are written, an empty one too, then the items say which file; once
     there is space, they are made."""
-    monkeypatch.setattr("resources.storage.secrets.token_hex", lambda _: "full")
+    monkeypatch.setattr("resources.files.derived.secrets.token_hex", lambda _: "full")
     folder = bench.store.root / "numbers"
     folder.mkdir(parents=True)
     for name in ("b", "photo-b"):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from media_assets.shots import Shots
-from resources import devices
+from media_assets.stages.shots import Shots
+from resources.compute import devices
 from resources.errors import Failure, MediaError, ModelUnavailable, OutOfMemory, is_out_of_memory
 from resources.models.registry import ModelRegistry
 from resources.models.transnet import WEIGHTS

@@ -20,11 +20,11 @@ from evals.golden import Golden, GoldenSetError, Range, local_path
 from evals.pictures import MAX_DATA_URI_BYTES, Timeline, bars, data_uri, timelines
 from evals.result import EvalResult, Figure, NotProcessedError, Reader, Vectors, Verdict
 from media_assets import schemas
-from resources.database import Database
+from resources.files.derived import DerivedStore
 from resources.models.registry import ModelRegistry
-from resources.outcomes import OutcomeStore
+from resources.records.database import Database
+from resources.records.outcomes import OutcomeStore
 from resources.settings import Settings
-from resources.storage import DerivedStore
 
 MANIFEST: list[dict[str, Any]] = [
     {

@@ -13,10 +13,11 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from media_assets import expectations, schemas
-from media_assets.check_report import CheckReport, ExpectationReport
-from media_assets.checker import checker
-from resources.blobs import lean
+from media_assets import schemas
+from media_assets.checks import expectations
+from media_assets.checks.check_report import CheckReport, ExpectationReport
+from media_assets.checks.checker import checker
+from resources.files.blobs import lean
 
 Row = dict[str, Any]
 MODEL, VERSION = "model@123456789abc", "v1"
@@ -338,9 +339,8 @@ def test_the_distribution_of_confidences_is_reported() -> None:
 
 
 def test_importing_the_module_loads_neither_great_expectations_nor_torch() -> None:
-    code = (
-        "import sys, media_assets.expectations; print([m for m in ('great_expectations', 'torch') if m in sys.modules])"
-    )
+    heavy = "('great_expectations', 'torch')"
+    code = f"import sys, media_assets.checks.expectations; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=dict(os.environ)
     )

@@ -8,12 +8,12 @@ import dagster as dg
 
 from cli.searching import open_search
 from jobs.express import EXPRESS, build_express_job
-from media_assets.groups import LOADED_TAG
-from media_assets.partitions import add_partitions
+from media_assets.orchestration.groups import LOADED_TAG
+from media_assets.orchestration.partitions import add_partitions
 from media_assets.schemas import PER_MEDIA
+from resources.ingest.registry import Upload, discover
 from resources.library import Library
 from resources.models.registry import ModelRegistry
-from resources.registry import Upload, discover
 
 
 def test_an_upload_is_searchable_and_the_next_one_finds_the_models_warm(

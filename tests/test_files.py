@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from resources.files import replacing
+from resources.files.local import replacing
 
 
 def test_a_file_is_replaced_when_the_block_ends(tmp_path: Path) -> None:

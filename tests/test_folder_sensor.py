@@ -11,9 +11,9 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from media_assets.partitions import MEDIA
+from media_assets.orchestration.partitions import MEDIA
+from resources.ingest.registry import LEADS_OUT, Registry
 from resources.library import Library
-from resources.registry import LEADS_OUT, Registry
 from resources.settings import Ingestion, Settings
 from sensors import folder_watch
 from sensors.folder import UNSET, build_folder_sensor
@@ -280,7 +280,7 @@ def test_files_registered_by_hand_are_not_removed_though_they_are_not_watched(wa
     hidden = root / ".clip.mp4"
     hidden.write_text("a")
     (root / "b.txt").write_text("b")
-    from resources.registry import Upload, discover
+    from resources.ingest.registry import Upload, discover
 
     watcher.registry.register([found for found in discover([hidden]) if isinstance(found, Upload)])
     watcher.look()

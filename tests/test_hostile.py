@@ -28,8 +28,8 @@ from resources.decoding.client import Decoded, Decoder, Probed, _Collector
 from resources.decoding.pool import DecoderPool, Message
 from resources.decoding.sources import localize
 from resources.errors import MediaError
-from resources.files import version_of
-from resources.registry import confinement, uri_of
+from resources.files.local import version_of
+from resources.ingest.registry import confinement, uri_of
 from resources.settings import Decoding, Ingestion, Limits
 
 LIMITS = Limits()

@@ -13,10 +13,19 @@ import numpy as np
 import pytest
 from upath import UPath
 
-from media_assets import index_shard, schemas
-from media_assets.buckets import BucketBusy, exclusive
-from media_assets.index_shard import BuildReport, Rule, ShardRejected, ShardUnreadable, Vectors, build, open_bucket
-from resources.storage import DerivedStore
+from media_assets import schemas
+from media_assets.library import index_shard
+from media_assets.library.buckets import BucketBusy, exclusive
+from media_assets.library.index_shard import (
+    BuildReport,
+    Rule,
+    ShardRejected,
+    ShardUnreadable,
+    Vectors,
+    build,
+    open_bucket,
+)
+from resources.files.derived import DerivedStore
 
 DIMENSION = 16
 MODEL, OTHER = "clip@111111111111", "clip@222222222222"
@@ -166,8 +175,8 @@ def test_a_failure_before_the_swap_leaves_the_old_shard_serving(
 
 CHILD = """
 import json, sys
-from media_assets.index_shard import build
-from resources.storage import DerivedStore
+from media_assets.library.index_shard import build
+from resources.files.derived import DerivedStore
 build(DerivedStore(sys.argv[1]), 0, json.loads(sys.argv[2]), 0.95)
 """
 

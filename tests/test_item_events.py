@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from media_assets import mirror
+from media_assets.checks.quality import ITEMS
 from media_assets.engine.contract import Prepared
-from media_assets.frames import Frames
-from media_assets.partitions import add_partitions, partition_of
-from media_assets.quality import ITEMS
+from media_assets.orchestration import mirror
+from media_assets.orchestration.partitions import add_partitions, partition_of
+from media_assets.stages.frames import Frames
 from resources.errors import StorageFailed, Truncated, UpstreamFailed, remedy_of
+from resources.ingest.registry import Upload, discover
 from resources.library import Library
-from resources.registry import Upload, discover
 from resources.settings import Index
 from tests.local import DECODED, Local
 

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from media_assets.groups import one_at_a_time
-from media_assets.planning import suspects
-from resources.database import Database
-from resources.outcomes import OutcomeStore, Status
-from resources.records import model_loads
+from media_assets.engine.planning import suspects
+from media_assets.orchestration.groups import one_at_a_time
+from resources.records.database import Database
+from resources.records.outcomes import OutcomeStore, Status
+from resources.records.tables import model_loads
 from resources.settings import Engine
 from tests.test_engine import Bench, items
 
@@ -26,11 +26,11 @@ NAMES = ("a", "b", "c", "d")
 WORKER = """
 import os, signal, sys
 from pathlib import Path
-from resources.database import Database
+from resources.records.database import Database
 from resources.settings import Settings
 from tests.test_engine import Bench, items
 from tests.toy_stages import CHAIN
-from media_assets.groups import one_at_a_time
+from media_assets.orchestration.groups import one_at_a_time
 url, root, careful, where = sys.argv[1:5]
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)

@@ -19,10 +19,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from cli.searching import open_views
+from resources.files.views import query as select
 from resources.library import Library
 from resources.models.registry import CATALOGUE
 from resources.settings import Settings
-from resources.views import query as select
 
 PROJECT = Path(__file__).parents[1]
 SAMPLES = PROJECT / "samples" / "media"

@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 
 from cli.exit_codes import Exit
 from cli.main import app
-from resources.database import Database, SchemaNewer, SchemaOutdated, _config, upgrade
+from resources.ingest.registry import Registry
 from resources.library import Library
-from resources.records import REVISION, metadata
-from resources.registry import Registry
+from resources.records.database import Database, SchemaNewer, SchemaOutdated, _config, upgrade
+from resources.records.tables import REVISION, metadata
 from resources.settings import Settings
 
 OLD_ROWS = (
@@ -112,7 +112,7 @@ def test_an_embedded_database_upgrades_when_it_is_opened(
     old: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Given an older schema on the embedded server, when it is opened, then it is upgraded."""
-    monkeypatch.setattr("resources.embedded_postgres.serve", lambda folder: old.url)
+    monkeypatch.setattr("resources.records.embedded_postgres.serve", lambda folder: old.url)
     database = Database.open(Settings(home=tmp_path))
     assert not database.schema().pending
     database.close()

@@ -10,10 +10,10 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from media_assets import mirror as module
 from media_assets.engine.events import How, Result
-from media_assets.mirror import Mirror
-from resources.outcomes import Outcome, Status
+from media_assets.orchestration import mirror as module
+from media_assets.orchestration.mirror import Mirror
+from resources.records.outcomes import Outcome, Status
 
 
 class Storage:

@@ -14,11 +14,12 @@ import pytest
 from PIL import Image
 
 from media_assets import schemas
-from media_assets.checker import checker
-from media_assets.concepts import Encode, load_concepts
+from media_assets.checks.checker import checker
 from media_assets.engine.contract import Inputs, MediaItem, Product, Stage, Unit
-from media_assets.moderation_labels import ModerationLabels
-from media_assets.moderation_scores import (
+from media_assets.moderation.policy import DEFAULT_POLICY
+from media_assets.moderation.taxonomy import CONCEPTS, LABELS
+from media_assets.stages.moderation_labels import ModerationLabels
+from media_assets.stages.moderation_scores import (
     MAX_CHARACTERS,
     ModerationScores,
     StillUnit,
@@ -28,16 +29,15 @@ from media_assets.moderation_scores import (
     relabel,
     spans_of_stills,
 )
-from media_assets.policy import DEFAULT_POLICY
-from media_assets.screening import Answers
-from media_assets.taxonomy import CONCEPTS, LABELS
+from media_assets.stages.support.concepts import Encode, load_concepts
+from media_assets.stages.support.screening import Answers
 from resources.errors import Failure, ModelUnavailable, NotApplicable
+from resources.files.derived import DerivedStore
 from resources.models.nudity import load_image_scorer
 from resources.models.openclip import OpenClip
 from resources.models.registry import ModelRegistry, ModelSpec
 from resources.models.toxicity import load_text_scorer
 from resources.settings import Settings
-from resources.storage import DerivedStore
 
 VERSION = "v1"
 

@@ -18,7 +18,7 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image, ImageEnhance, ImageFilter
 
 from media_assets import schemas
-from media_assets.near_duplicates import (
+from media_assets.library.near_duplicates import (
     FULL_PAIRS_LIMIT,
     Pair,
     Thresholds,
@@ -213,7 +213,7 @@ def test_an_alignment_is_symmetric_and_no_longer_than_either_film(
 
 @pytest.mark.parametrize("limit", [10, 1_000_000])
 def test_vectors_are_found_by_exhaustive_and_by_graph_search(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
-    monkeypatch.setattr("media_assets.near_duplicates.EXACT_SEARCH_LIMIT", limit)
+    monkeypatch.setattr("media_assets.library.near_duplicates.EXACT_SEARCH_LIMIT", limit)
     rng = np.random.default_rng(7)
     vectors = rng.normal(size=(200, 32)).astype(np.float32)
     vectors[150] = vectors[3] + 0.05 * vectors[150]
@@ -222,7 +222,7 @@ def test_vectors_are_found_by_exhaustive_and_by_graph_search(monkeypatch: pytest
 
 
 def test_multi_index_hashing_finds_every_pair_within_seven_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("media_assets.near_duplicates.EXACT_SEARCH_LIMIT", 0)
+    monkeypatch.setattr("media_assets.library.near_duplicates.EXACT_SEARCH_LIMIT", 0)
     rng = np.random.default_rng(3)
     hashes = rng.integers(0, 256, (300, 8), np.uint8)
     flipped = np.unpackbits(hashes, axis=1)

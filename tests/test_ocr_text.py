@@ -13,11 +13,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from media_assets import schemas
 from media_assets.engine.contract import Inputs, MediaItem, Product
-from media_assets.ocr_text import OcrText
+from media_assets.stages.ocr_text import OcrText
 from resources.errors import ModelUnavailable, NotApplicable
+from resources.files.derived import DerivedStore
 from resources.models.registry import CATALOGUE, ModelRegistry
 from resources.settings import Settings
-from resources.storage import DerivedStore
 
 SIZE = (480, 270)
 

@@ -11,10 +11,10 @@ import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
-from resources.database import Database
 from resources.errors import Failure
-from resources.outcomes import Claim, Cost, LostClaim, Outcome, OutcomeStore, Status, failed, succeeded
-from resources.records import metadata, outcome_history
+from resources.records.database import Database
+from resources.records.outcomes import Claim, Cost, LostClaim, Outcome, OutcomeStore, Status, failed, succeeded
+from resources.records.tables import metadata, outcome_history
 from resources.settings import Engine
 
 PERMANENT = Failure("undecodable", "It does not decode.", retryable=False)
@@ -175,8 +175,8 @@ def test_workers_that_die_count_as_attempts(store: OutcomeStore, database: Datab
         f"""
         import os, signal
         from pathlib import Path
-        from resources.database import Database
-        from resources.outcomes import OutcomeStore
+        from resources.records.database import Database
+        from resources.records.outcomes import OutcomeStore
         from resources.settings import Engine, Settings
         database = Database.open(Settings(home=Path("/nowhere"), database_url={database.url!r}))
         store = OutcomeStore(database, Engine(max_attempts=2))

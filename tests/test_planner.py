@@ -19,11 +19,11 @@ from jobs.costs import Costs
 from jobs.express import EXPRESS, build_express_job, pools
 from jobs.planner import CAREFUL, LONG, MIXED, Planner, Tick
 from media_assets.engine.versions import item_version
-from media_assets.groups import media_items
+from media_assets.orchestration.groups import media_items
 from resources.errors import Failure, ModelTimeout
+from resources.ingest.registry import Upload
 from resources.library import Library
-from resources.outcomes import Claim, Cost, Status
-from resources.registry import Upload
+from resources.records.outcomes import Claim, Cost, Status
 from resources.settings import Compute, Engine, GroupNeeds, Settings
 from resources.settings import Planner as PlannerSettings
 from sensors.intervals import stay_s

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from media_assets.policy import (
+from media_assets.moderation.policy import (
     DEFAULT_POLICY,
     Decision,
     Policy,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from resources.files import FolderUnusable, private
+from resources.files.local import FolderUnusable, private
 
 
 def mode(folder: Path) -> int:

@@ -31,15 +31,15 @@ from cli.run import Work
 from cli.searching import open_views
 from evals.result import EvalResult, NotProcessedError
 from media_assets import schemas
-from media_assets.grouping import groups
-from media_assets.groups import build_group
-from media_assets.partitions import MEDIA, add_partitions, explicit_batch_tags
+from media_assets.orchestration.grouping import groups
+from media_assets.orchestration.groups import build_group
+from media_assets.orchestration.partitions import MEDIA, add_partitions, explicit_batch_tags
+from resources.files.views import query
+from resources.ingest.registry import Removal, UnknownMedia, Upload, discover
 from resources.library import Library
-from resources.outcomes import EVALUATION
-from resources.records import purges
-from resources.registry import Removal, UnknownMedia, Upload, discover
+from resources.records.outcomes import EVALUATION
+from resources.records.tables import purges
 from resources.settings import Engine, Settings
-from resources.views import query
 from tests.shelf import fill, put, rebuild
 
 PROJECT = Path(__file__).parents[1]
@@ -55,7 +55,7 @@ from rich.console import Console
 from cli.purging import purge
 from cli.searching import open_views
 from resources.library import Library
-from resources.views import query
+from resources.files.views import query
 
 home, media_id, *points = sys.argv[1:]
 def call(fault, died=None):

@@ -14,9 +14,19 @@ import sqlalchemy as sa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resources.database import Database, StorageMismatch
+from resources.ingest.registry import (
+    CHANGES,
+    Problem,
+    Registry,
+    Removal,
+    Upload,
+    discover,
+    local_path,
+    media_id,
+    uri_of,
+)
 from resources.library import Library
-from resources.registry import CHANGES, Problem, Registry, Removal, Upload, discover, local_path, media_id, uri_of
+from resources.records.database import Database, StorageMismatch
 from resources.settings import Settings
 
 

@@ -12,9 +12,9 @@ import dagster as dg
 import pytest
 import yaml
 
-from media_assets.partitions import add_partitions
+from media_assets.orchestration.partitions import add_partitions
+from resources.ingest.registry import Upload, discover
 from resources.library import Library
-from resources.registry import Upload, discover
 from resources.settings import Retention
 from sensors import retention as module
 from sensors.retention import Place, build_retention_sensor, delete_logs, delete_runs

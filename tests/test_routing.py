@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from media_assets.engine.versions import code_version
-from media_assets.routing import Routed
+from media_assets.stages.support.routing import Routed
 from resources.errors import ModelUnavailable
 from resources.models.registry import ModelRegistry, ModelSpec
 from resources.settings import Settings

@@ -18,7 +18,7 @@ import pytest
 from dagster._core.launcher import LaunchRunContext, WorkerStatus
 
 from jobs.run_launcher import WarmRunLauncher
-from media_assets.partitions import HOST_TAG
+from media_assets.orchestration.partitions import HOST_TAG
 from tests.conftest import SILENT
 from tests.toy_jobs import toy
 

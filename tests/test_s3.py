@@ -19,24 +19,24 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from cli.main import app
-from media_assets.audio import Audio
 from media_assets.engine.contract import Inputs, MediaItem
-from media_assets.frames import Frames
-from media_assets.index_shard import build
-from media_assets.media import Media
-from resources.database import Database
+from media_assets.library.index_shard import build
+from media_assets.stages.audio import Audio
+from media_assets.stages.frames import Frames
+from media_assets.stages.media import Media
 from resources.decoding.client import decoder
 from resources.decoding.sources import RemoteFile, localize
 from resources.errors import Failure, SourceChanged, StorageFailed, TooLarge, Unreadable
-from resources.files import version_of
-from resources.inventory import Cursor, Inventory, Report
+from resources.files.derived import DerivedStore
+from resources.files.local import version_of
+from resources.files.object_store import location
+from resources.ingest.inventory import Cursor, Inventory, Report
+from resources.ingest.registry import Problem, Registry, Removal, Upload, discover
 from resources.library import Library
 from resources.models.registry import ModelRegistry
-from resources.object_store import location
-from resources.outcomes import Status
-from resources.registry import Problem, Registry, Removal, Upload, discover
+from resources.records.database import Database
+from resources.records.outcomes import Status
 from resources.settings import S3, Ingestion, Limits, Settings
-from resources.storage import DerivedStore
 from sensors.s3_inventory import build_s3_inventory_sensor, sentence
 from tests import s3_server
 from tests.s3_server import Proxy

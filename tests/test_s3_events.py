@@ -18,15 +18,16 @@ import dagster as dg
 import pytest
 import sqlalchemy as sa
 
-from media_assets.partitions import MEDIA
-from resources import faults, queues
-from resources.database import Database
+from media_assets.orchestration.partitions import MEDIA
+from resources import faults
 from resources.errors import DatabaseUnavailable
+from resources.ingest import queues
+from resources.ingest.object_versions import VersionedRegistry, VersionRemoval
+from resources.ingest.queues import Queue, QueueUnavailable
+from resources.ingest.registry import Registry, Upload, discover
 from resources.library import Library
-from resources.object_versions import VersionedRegistry, VersionRemoval
-from resources.queues import Queue, QueueUnavailable
-from resources.records import rejected_messages
-from resources.registry import Registry, Upload, discover
+from resources.records.database import Database
+from resources.records.tables import rejected_messages
 from resources.settings import S3, Ingestion, Settings
 from sensors.s3_events import build_s3_event_sensor, drain
 from sensors.s3_messages import SOURCE

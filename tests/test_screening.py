@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from media_assets.engine.versions import code_version
-from media_assets.moderation_scores import ModerationScores
-from media_assets.policy import DEFAULT_POLICY, Decision, Score, decide, read_policy
-from media_assets.screening import Answers, Screened, Screening, strongest, verdict_of
+from media_assets.moderation.policy import DEFAULT_POLICY, Decision, Score, decide, read_policy
+from media_assets.stages.moderation_scores import ModerationScores
+from media_assets.stages.support.screening import Answers, Screened, Screening, strongest, verdict_of
 from resources.errors import ModelUnavailable
 from resources.models.registry import ModelRegistry, ModelSpec
 from resources.models.screens import Screen

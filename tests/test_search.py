@@ -13,11 +13,11 @@ import pyarrow as pa
 import pytest
 
 from media_assets import schemas
-from media_assets.catalog import compact
-from media_assets.index_shard import Vectors, build
-from resources import views
-from resources.registry import UnknownMedia
-from resources.storage import DerivedStore
+from media_assets.library.catalog import compact
+from media_assets.library.index_shard import Vectors, build
+from resources.files import views
+from resources.files.derived import DerivedStore
+from resources.ingest.registry import UnknownMedia
 from search.engine import BadSearch, LazyEncoder, ModelMismatch, SearchEngine
 
 MODEL = "clip@111111111111"

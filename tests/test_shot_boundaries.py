@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from media_assets.shot_boundaries import Boundary, Rules, boundaries, change, luma, shots
+from media_assets.stages.support.shot_boundaries import Boundary, Rules, boundaries, change, luma, shots
 
 scores = hnp.arrays(np.float32, st.integers(1, 200), elements=st.floats(0, 1, width=32))
 

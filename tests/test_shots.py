@@ -12,11 +12,11 @@ from PIL import Image
 
 from media_assets import schemas
 from media_assets.engine.contract import Inputs, MediaItem
-from media_assets.shots import Shots
+from media_assets.stages.shots import Shots
 from resources.errors import ModelUnavailable, NotApplicable
+from resources.files.derived import DerivedStore
 from resources.models.registry import ModelRegistry
 from resources.models.transnet import STRIDE, WINDOW, TransNet, windows
-from resources.storage import DerivedStore
 
 FPS = 25.0
 

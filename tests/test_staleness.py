@@ -11,9 +11,9 @@ from dagster._core.definitions.data_version import CachingStaleStatusResolver, S
 from dagster._core.loader import LoadingContextForTest
 
 from media_assets.definitions import build
-from media_assets.partitions import add_partitions
+from media_assets.orchestration.partitions import add_partitions
+from resources.ingest.registry import Upload, discover
 from resources.library import Library
-from resources.registry import Upload, discover
 from tests.local import DECODED, Local
 from tests.shelf import rebuild
 

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from media_assets import schemas
-from resources import storage
-from resources.storage import DICTIONARY_ROWS, LARGE, PLAIN_BYTES, DerivedStore
+from resources.files import derived as storage
+from resources.files.derived import DICTIONARY_ROWS, LARGE, PLAIN_BYTES, DerivedStore
 
 TABLES = {(asset, ""): schema for asset, schema in schemas.PER_MEDIA.items()} | {
     (asset, side): schema for asset, sides in schemas.SIDES.items() for side, schema in sides.items()

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from media_assets.text_layout import (
+from media_assets.stages.support.text_layout import (
     Box,
     TextLine,
     bounds,

@@ -13,21 +13,21 @@ import pytest
 import sqlalchemy as sa
 
 from cli.searching import open_views
-from media_assets.buckets import bucket_of
 from media_assets.engine.batch import BatchEngine
 from media_assets.engine.contract import MediaItem
 from media_assets.engine.events import How
 from media_assets.engine.executors import Serial
-from media_assets.global_assets import library_changed
-from media_assets.groups import media_items
-from media_assets.index_shard import open_bucket
-from resources.catalog_files import data_path
+from media_assets.library.buckets import bucket_of
+from media_assets.library.index_shard import open_bucket
+from media_assets.orchestration.global_assets import library_changed
+from media_assets.orchestration.groups import media_items
 from resources.errors import Failure
+from resources.files.catalog_files import data_path
+from resources.files.views import outcomes_table, query
+from resources.ingest.registry import Removal, Upload
 from resources.library import Library
-from resources.outcomes import Claim, Cost, LostClaim, Status, Withdrawn
-from resources.records import outcomes, uploads
-from resources.registry import Removal, Upload
-from resources.views import outcomes_table, query
+from resources.records.outcomes import Claim, Cost, LostClaim, Status, Withdrawn
+from resources.records.tables import outcomes, uploads
 from search.engine import SearchEngine
 from tests.settled import settled
 from tests.shelf import Encoder, put, rebuild, register

@@ -20,16 +20,16 @@ from PIL import Image
 
 from media_assets import schemas
 from media_assets.engine.contract import Inputs, MediaItem, Prepared, Product, Unit
-from media_assets.routing import Answered
-from media_assets.transcript import Payload, Transcript, sentences
+from media_assets.stages.support.routing import Answered
+from media_assets.stages.transcript import Payload, Transcript, sentences
 from resources.errors import Failure, ModelUnavailable, NotApplicable
+from resources.files.derived import DerivedStore
 from resources.models.alignment import WordAligner
 from resources.models.diarization import Turn, speaker_of
 from resources.models.registry import CATALOGUE, ModelRegistry, ModelSpec
 from resources.models.vad import SAMPLE_RATE, Span, merge
 from resources.models.whisper import Recognised, Stretch, Word, _parts
 from resources.settings import Settings
-from resources.storage import DerivedStore
 
 PCM = npt.NDArray[np.int16]
 VERSION = "v1"

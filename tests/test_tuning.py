@@ -13,13 +13,13 @@ from rich.console import Console
 
 from cli.tuning import tune
 from media_assets.engine.contract import Unit
-from media_assets.grouping import groups
-from media_assets.tuning import LARGEST, NothingToTune, best_of, sample, trials
+from media_assets.engine.tuning import LARGEST, NothingToTune, best_of, sample, trials
+from media_assets.orchestration.grouping import groups
 from resources.errors import Failure
 from resources.library import Library
 from resources.models.registry import ModelRegistry
+from resources.models.tuning import FILE, Tuned, TuningUnreadable, device_name, record, tuned
 from resources.settings import Settings
-from resources.tuning import FILE, Tuned, TuningUnreadable, device_name, record, tuned
 from tests.test_routing import MODELS, registry
 from tests.toy_stages import Numbers
 
@@ -128,13 +128,15 @@ def test_a_stage_that_cannot_be_tuned_does_not_stop_the_others(
     group = groups(library.settings)[0]
     stages = [Device(1, 1, 1).stage(toys), Device(0.1, 0.001, 10_000).stage(toys)]
     monkeypatch.setattr(type(stages[1]), "name", "second")
-    monkeypatch.setattr("media_assets.grouping.groups", lambda _settings: [group])
+    monkeypatch.setattr("media_assets.orchestration.grouping.groups", lambda _settings: [group])
     monkeypatch.setattr(type(group), "load", lambda *_: stages)
-    monkeypatch.setattr("media_assets.tuning.sample", lambda _library, stage: UNITS if stage is stages[1] else _none())
+    monkeypatch.setattr(
+        "media_assets.engine.tuning.sample", lambda _library, stage: UNITS if stage is stages[1] else _none()
+    )
     (found,) = tune(library, [], 10, Console(file=said))
     assert found["asset"] == "second"
     assert "is not tuned: nothing here" in said.getvalue()
-    monkeypatch.setattr("media_assets.tuning.sample", lambda *_: _none())
+    monkeypatch.setattr("media_assets.engine.tuning.sample", lambda *_: _none())
     with pytest.raises(NothingToTune, match="No stage could be tuned"):
         tune(library, [], 10, Console(file=said))
 

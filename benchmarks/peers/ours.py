@@ -26,8 +26,8 @@ from benchmarks.peers.options import WARM_UP, Options, options
 from benchmarks.peers.work import TASKS
 from cli.run import Work
 from media_assets import schemas
-from media_assets.embeddings import JOINT, VISUAL, Embeddings
 from media_assets.engine.contract import Inputs, Prepared
+from media_assets.stages.embeddings import JOINT, VISUAL, Embeddings
 from resources.library import Library
 
 ASSETS = {"images": ("media", "frames", "embeddings"), "speech": ("media", "audio", "transcript")}

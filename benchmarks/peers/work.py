@@ -58,7 +58,7 @@ class Speech:
     answer = pa.struct([("text", pa.string())])
 
     def __init__(self, models: ModelRegistry, threads: int) -> None:
-        from resources import process
+        from resources.compute import process
         from resources.models import whisper
         from resources.models.vad import SpeechDetector
 

@@ -13,10 +13,10 @@ from media_assets.engine.executors import Executor, Threads
 from media_assets.engine.inference import Inference
 from media_assets.engine.recorder import Recorder
 from media_assets.engine.scheduler import Scheduler
-from resources.model_loads import ModelLoads
-from resources.outcomes import OutcomeStore
+from resources.files.derived import DerivedStore
+from resources.records.model_loads import ModelLoads
+from resources.records.outcomes import OutcomeStore
 from resources.settings import Settings
-from resources.storage import DerivedStore
 
 
 class BatchEngine:

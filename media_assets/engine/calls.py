@@ -13,8 +13,8 @@ from media_assets.engine.contract import Inputs, Prepared, Product, Stage
 from media_assets.engine.executors import Hung
 from resources.errors import Internal
 from resources.faults import fault
-from resources.outcomes import OutcomeStore
-from resources.storage import DerivedStore
+from resources.files.derived import DerivedStore
+from resources.records.outcomes import OutcomeStore
 
 WRITING = "The writing of its output"
 

@@ -11,13 +11,13 @@ from typing import Any, ClassVar, Generic, TypeVar
 import pyarrow as pa
 
 from media_assets import schemas
-from resources import heartbeat
+from resources.compute import heartbeat
 from resources.errors import Failure, ModelUnavailable
+from resources.files.derived import DerivedStore
 from resources.models.registry import ModelRegistry, ModelSpec, Route
 from resources.models.screens import Screen
+from resources.models.tuning import tuned
 from resources.settings import Settings
-from resources.storage import DerivedStore
-from resources.tuning import tuned
 
 P = TypeVar("P")
 O = TypeVar("O")  # noqa: E741 - the field's usual letter for an output

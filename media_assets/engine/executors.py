@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
 
-from resources import heartbeat
-from resources.heartbeat import Pulse
+from resources.compute import heartbeat
+from resources.compute.heartbeat import Pulse
 from resources.models.registry import waited_s
 
 T = TypeVar("T")

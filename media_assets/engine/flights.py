@@ -17,8 +17,8 @@ from media_assets.engine.events import Event, How, ItemFinished, OutcomeCommitte
 from media_assets.engine.recorder import Closing, Flight, Recorder, Task
 from media_assets.engine.verdicts import why_blocked
 from media_assets.engine.versions import item_version
-from resources.outcomes import Claim, LostClaim, Outcome, Status, Withdrawn
-from resources.storage import DerivedStore
+from resources.files.derived import DerivedStore
+from resources.records.outcomes import Claim, LostClaim, Outcome, Status, Withdrawn
 
 
 class Flights:

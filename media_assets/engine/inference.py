@@ -12,7 +12,7 @@ from typing import Any
 
 from media_assets.engine.contract import Stage, Unit
 from resources.errors import Failure, Internal, is_out_of_memory, not_loaded
-from resources.model_loads import ModelLoads
+from resources.records.model_loads import ModelLoads
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,8 @@ from media_assets.engine.contract import MediaItem, Memo, Product, Stage
 from media_assets.engine.events import How
 from resources.errors import Failure
 from resources.faults import fault
-from resources.outcomes import Claim, Ending, Liveness, LostClaim, Outcome, OutcomeStore, Withdrawn
-from resources.storage import DerivedStore
+from resources.files.derived import DerivedStore
+from resources.records.outcomes import Claim, Ending, Liveness, LostClaim, Outcome, OutcomeStore, Withdrawn
 
 COMMIT_S = 0.05  # time between two commits while there is enough to do
 

@@ -33,9 +33,9 @@ from media_assets.engine.micro_batches import Asked, MicroBatches
 from media_assets.engine.recorder import COMMIT_S, Closing, Recorder, Task
 from media_assets.engine.verdicts import cost_of, hang_of, no_answer
 from resources.errors import Failure, Internal, ModelTimeout, NotApplicable
-from resources.outcomes import Claim, Outcome, Status, failed, succeeded
+from resources.files.derived import DerivedStore
+from resources.records.outcomes import Claim, Outcome, Status, failed, succeeded
 from resources.settings import Engine
-from resources.storage import DerivedStore
 
 LANE_DEPTH = 2  # micro-batches handed to the inference lane: one running, one waiting
 IN_FLIGHT = 24  # items in flight at least, where `engine.window` is not set

@@ -18,6 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from resources.compute.heartbeat import beat
+from resources.compute.process import fate, helper_environment, hide_from_others
 from resources.decoding.protocol import (
     LENGTHS,
     MAX_HEADER_BYTES,
@@ -28,8 +30,6 @@ from resources.decoding.protocol import (
     encode,
 )
 from resources.errors import DecoderCrashed, DecodeTimeout, Hostile, MediaError
-from resources.heartbeat import beat
-from resources.process import fate, helper_environment, hide_from_others
 
 START_TIMEOUT_S = 120.0
 LISTEN_S = 1.0

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from resources.decoding import containers, documents, pictures, sniff
 from resources.decoding.protocol import MAX_RANGE_BYTES, Emit, Fetch, Request
 from resources.errors import Empty, SourceChanged, TooLarge, Truncated, Undecodable, Unreadable, Unsupported
-from resources.files import version_of
+from resources.files.local import version_of
 
 if TYPE_CHECKING:
     from av.container import InputContainer

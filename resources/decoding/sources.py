@@ -11,15 +11,15 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 
 from resources.errors import SourceChanged, TooLarge
-from resources.object_store import Blocks, RemoteObject, is_s3, open_object
-from resources.registry import local_path
+from resources.files.object_store import Blocks, RemoteObject, is_s3, open_object
+from resources.ingest.registry import local_path
 from resources.settings import S3
 
 
 class LocalFile:
     """A file this machine can open; a temporary one is removed when the last reference is gone.
 
-    `etag` names the version that is meant (`resources.files.version_of`); without it any will do. `within` is the
+    `etag` names the version that is meant (`resources.files.local.version_of`); without it any will do. `within` is the
     folder out of which no link may lead to it.
     """
 
@@ -93,7 +93,7 @@ def localize(
     keep: bool = True,
     within: str | None = None,
 ) -> LocalFile | RemoteFile:
-    """The file behind a path, a file:// URI (percent-encoded, see `resources.registry.uri_of`) or a URL.
+    """The file behind a path, a file:// URI (percent-encoded, see `resources.ingest.registry.uri_of`) or a URL.
 
     Args:
         uri: path, file:// URI, s3:// URL or any other URL that fsspec knows.

@@ -11,11 +11,11 @@ import os
 import sys
 from typing import Any, BinaryIO
 
+from resources.compute.process import die_with
 from resources.decoding.jail import confine
 from resources.decoding.protocol import Fetch, Request, encode, read_range, read_request
 from resources.errors import Internal, MediaError, OutOfMemory
 from resources.faults import fault
-from resources.process import die_with
 
 SEND_BYTES = 2**16
 PROMPT = frozenset({"ready", "read", "progress", "done"})

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from resources import devices
+from resources.compute import devices
+from resources.compute.process import usable_cpus
 from resources.errors import ModelUnavailable
 from resources.models.openclip_offline import (
     CHECKPOINT,
@@ -22,7 +23,6 @@ from resources.models.openclip_offline import (
 from resources.models.registry import ModelSpec
 from resources.models.towers import Picture, Towers, Vectors
 from resources.models.weights import locate
-from resources.process import usable_cpus
 
 SPECIAL_TOKENS = 2
 """Start and end of text, which every tokenizer adds."""

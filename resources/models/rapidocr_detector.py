@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from resources.compute.heartbeat import beat
 from resources.errors import ModelUnavailable
-from resources.heartbeat import beat
 from resources.models.registry import ModelSpec
 from resources.models.weights import locate
 

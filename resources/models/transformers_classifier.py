@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from resources import devices
+from resources.compute import devices
 from resources.errors import ModelUnavailable
 from resources.models.registry import ModelSpec
 

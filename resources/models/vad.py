@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
+from resources.compute.heartbeat import beat
 from resources.errors import ModelUnavailable
-from resources.heartbeat import beat
 from resources.models.registry import ModelSpec
 from resources.models.weights import locate
 

@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 from resources.errors import ModelUnavailable, printable
-from resources.files import replacing
+from resources.files.local import replacing
 from resources.models.registry import ModelSpec
 
 VERIFIED = "verified.json"

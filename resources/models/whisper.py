@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
-from resources import process
+from resources.compute import process
 from resources.errors import ModelFailed, ModelUnavailable
 from resources.models.registry import ModelSpec
 from resources.models.weights import locate

@@ -10,9 +10,9 @@ from pathlib import Path
 import dagster as dg
 
 from jobs.on_ray import executor
-from media_assets.grouping import groups
-from media_assets.groups import build_group
-from resources.compute import Needs, op_tags
+from media_assets.orchestration.grouping import groups
+from media_assets.orchestration.groups import build_group
+from resources.compute.needs import Needs, op_tags
 from resources.library import Library
 from resources.settings import Compute, Settings
 

@@ -19,11 +19,11 @@ from dagster._serdes import serialize_value
 
 from jobs.on_ray import executor
 from jobs.planner import CAREFUL, Batch, Planner
-from media_assets.partitions import add_partitions, range_tags
+from media_assets.orchestration.partitions import add_partitions, range_tags
 from resources import faults
+from resources.compute.ray_cluster import ClusterUnavailable, check_fits, check_reachable
+from resources.ingest.registry import Upload, discover
 from resources.library import Library
-from resources.ray_cluster import ClusterUnavailable, check_fits, check_reachable
-from resources.registry import Upload, discover
 from resources.settings import Ray, Settings
 from sensors.planner import follow, request
 from tests.cluster import ray_job

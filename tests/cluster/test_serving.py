@@ -15,19 +15,19 @@ import pytest
 
 from media_assets.engine.batch import BatchEngine
 from media_assets.engine.contract import MediaItem, Stage, Unit
-from media_assets.remote import Served, recipe, text_encoder
-from resources import serving
-from resources.database import Database
+from media_assets.engine.remote import Served, recipe, text_encoder
+from resources.compute import serving
+from resources.compute.model_server import Keeper, Status
+from resources.compute.ray_cluster import ClusterUnavailable, namespace
+from resources.compute.serving import ServedModel, ServerDied
 from resources.errors import ModelTimeout, ServingUnavailable, Undecodable
+from resources.files.derived import DerivedStore
 from resources.library import Library
-from resources.model_server import Keeper, Status
 from resources.models.openclip import OpenClip
 from resources.models.registry import ModelRegistry
-from resources.outcomes import OutcomeStore
-from resources.ray_cluster import ClusterUnavailable, namespace
-from resources.serving import ServedModel, ServerDied
+from resources.records.database import Database
+from resources.records.outcomes import OutcomeStore
 from resources.settings import Alerts, Engine, Ray, Serving, Settings
-from resources.storage import DerivedStore
 from tests.cluster.ray_cluster import Cluster
 from tests.cluster.served_stages import Greedy, Newer, Obedient, Order, Other, ServedNumbers
 from tests.settled import settled

@@ -1,0 +1,1 @@
+"""Expectations about tables, run as asset checks."""

@@ -1,0 +1,1 @@
+"""The Dagster face of stages and library: groups, partitions, the mirror, provenance."""

@@ -1,0 +1,1 @@
+"""One file per derived artifact: its stage."""

@@ -1,0 +1,1 @@
+"""What work runs on: needs, devices, model servers, the Ray cluster, and processes."""

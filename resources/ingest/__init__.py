@@ -1,0 +1,1 @@
+"""How media become known: discovery, listings, queues, and the uploads."""

@@ -1,0 +1,1 @@
+"""What the database keeps: tables and migrations, outcome records, the planner's backlog; and the server itself."""
