@@ -393,7 +393,7 @@ class Keeper:
 
     def _servers(self) -> dict[str, tuple[Any, Status | None]]:
         import ray
-        from ray.exceptions import RayError
+        from ray.exceptions import ActorUnavailableError, RayError
 
         handles: dict[str, Any] = {}
         for entry in ray.util.list_named_actors(all_namespaces=True):
@@ -410,6 +410,8 @@ class Keeper:
         for name, reference in asked.items():
             try:
                 found[name] = handles[name], ray.get(reference) if reference in done else None
+            except ActorUnavailableError:  # busy, or its connection broke: it is there, and may have to be told to go
+                found[name] = handles[name], None
             except RayError:
                 continue  # dead; its name is free
         return found
