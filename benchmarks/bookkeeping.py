@@ -34,7 +34,7 @@ from media_assets.orchestration.grouping import Group
 from media_assets.orchestration.groups import build_group
 from media_assets.orchestration.partitions import MEDIA, add_partitions, explicit_batch_tags, range_tags
 from resources.compute.needs import Needs
-from resources.ingest.registry import Upload
+from resources.ingest.uploads import Upload
 from resources.library import Library
 from resources.models.registry import ModelRegistry
 from resources.settings import Settings

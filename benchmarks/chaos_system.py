@@ -17,7 +17,8 @@ import sqlalchemy as sa
 
 from jobs.planner import Batch, Planner
 from resources.errors import MediaError
-from resources.ingest.registry import Upload, discover
+from resources.ingest.discovery import discover
+from resources.ingest.uploads import Upload
 from resources.library import Library
 from resources.records import embedded_postgres
 from resources.settings import Settings

@@ -34,7 +34,7 @@ from jobs.planner import Planner
 from media_assets.engine.contract import MediaItem
 from media_assets.engine.versions import item_version
 from media_assets.orchestration.partitions import add_partitions, media_partitions
-from resources.ingest.registry import Upload
+from resources.ingest.uploads import Upload
 from resources.library import Library
 
 

@@ -53,7 +53,8 @@ from media_assets.orchestration.grouping import Group, groups
 from media_assets.orchestration.groups import build_group
 from media_assets.orchestration.partitions import add_partitions, explicit_batch_tags
 from resources.compute.needs import Needs
-from resources.ingest.registry import Upload, discover
+from resources.ingest.discovery import discover
+from resources.ingest.uploads import Upload
 from resources.library import Library
 from resources.settings import Settings
 from sensors.planner import follow, request

@@ -40,7 +40,7 @@ from sqlalchemy.dialects.postgresql import insert
 
 from cli.instance import prepare_environment
 from media_assets.orchestration.partitions import MEDIA
-from resources.ingest.registry import media_id
+from resources.ingest.uploads import media_id
 from resources.library import Library
 from resources.records.tables import rejected_messages, uploads
 from resources.settings import S3, Ingestion, Settings

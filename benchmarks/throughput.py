@@ -36,7 +36,8 @@ from media_assets import schemas
 from media_assets.engine.contract import Inputs, MediaItem, Memo, Stage, Unit
 from media_assets.orchestration.grouping import groups
 from resources.errors import Failure, MediaError, NotApplicable
-from resources.ingest.registry import Upload, discover
+from resources.ingest.discovery import discover
+from resources.ingest.uploads import Upload
 from resources.library import Library
 
 PROJECT = Path(__file__).parents[1]

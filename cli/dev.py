@@ -18,7 +18,7 @@ from rich.console import Console
 from cli.exit_codes import Exit
 from cli.instance import PROJECT, limit_pools, prepare_environment
 from cli.text import WHOLE, shown
-from resources.ingest.registry import uri_of
+from resources.ingest.uploads import uri_of
 from resources.library import Library
 
 HOST = "127.0.0.1"

@@ -13,7 +13,8 @@ from rich.console import Console
 
 from cli.instance import open_instance
 from cli.progress import Expected, Reporter
-from resources.ingest.registry import Problem, Upload, discover
+from resources.ingest.discovery import Problem, discover
+from resources.ingest.uploads import Upload
 from resources.library import Library
 from resources.records.outcomes import Status
 

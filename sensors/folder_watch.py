@@ -12,18 +12,9 @@ from datetime import UTC, datetime
 from pydantic import BaseModel, ConfigDict
 
 from resources.errors import printable
-from resources.ingest.registry import (
-    LocalFile,
-    Problem,
-    Registry,
-    Removal,
-    Upload,
-    encoded_uri,
-    local_path,
-    uri_of,
-    version_digest,
-    walk,
-)
+from resources.ingest.discovery import LocalFile, Problem, walk
+from resources.ingest.registry import Registry
+from resources.ingest.uploads import Removal, Upload, encoded_uri, local_path, uri_of, version_digest
 from resources.settings import Ingestion
 from sensors.folder_leases import stat_if_closed
 

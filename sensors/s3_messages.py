@@ -12,7 +12,7 @@ from urllib.parse import unquote_plus
 
 from resources.errors import MediaError, printable
 from resources.ingest.object_versions import VersionRemoval
-from resources.ingest.registry import Removal, Upload
+from resources.ingest.uploads import Removal, Upload
 
 SOURCE = "s3_event"
 TEST_EVENT = "s3:TestEvent"

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from cli.run import Work
 from media_assets import schemas
-from resources.ingest.registry import Upload
+from resources.ingest.uploads import Upload
 from resources.library import Library
 from resources.records.outcomes import Claim, Cost, Status
 

@@ -7,7 +7,7 @@ import pytest
 from cli import asked
 from cli.exit_codes import Exit
 from resources.errors import Failure, of_items
-from resources.ingest.registry import Removal
+from resources.ingest.uploads import Removal
 from resources.library import Library
 from resources.records.outcomes import Claim, Cost
 from tests.commands import Commands

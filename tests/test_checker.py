@@ -23,7 +23,8 @@ from media_assets.checks.quality import EXPECTATIONS
 from media_assets.orchestration.grouping import groups
 from media_assets.orchestration.groups import build_group
 from media_assets.orchestration.partitions import add_partitions, explicit_batch_tags
-from resources.ingest.registry import Upload, discover
+from resources.ingest.discovery import discover
+from resources.ingest.uploads import Upload
 from resources.library import Library
 from resources.settings import Settings
 from tests.test_expectations import LIMIT_S, MEDIA, rows_of, schema_of

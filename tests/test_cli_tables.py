@@ -15,7 +15,7 @@ from cli.text import console
 from media_assets import schemas
 from media_assets.engine.contract import MediaItem
 from resources.errors import Failure
-from resources.ingest.registry import Upload
+from resources.ingest.uploads import Upload
 from resources.library import Library
 from resources.records.outcomes import Claim, Cost
 from search.engine import Hit, SearchResponse

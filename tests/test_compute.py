@@ -26,7 +26,7 @@ from media_assets.orchestration.processor import Processor, processor
 from resources.compute import devices
 from resources.compute.devices import Device, DeviceUnavailable, assigned, candidates, visible
 from resources.compute.needs import BadNeeds, Needs, micro_batch_scale, op_tags, run_tags
-from resources.ingest.registry import discover
+from resources.ingest.discovery import discover
 from resources.library import Library
 from resources.records.database import Database
 from resources.records.event_log import EventLog

@@ -29,7 +29,8 @@ from media_assets.engine.batch import BatchEngine
 from media_assets.engine.versions import code_version
 from media_assets.orchestration.partitions import add_partitions, partition_of, range_tags
 from resources.compute import process
-from resources.ingest.registry import Upload, discover
+from resources.ingest.discovery import discover
+from resources.ingest.uploads import Upload
 from resources.library import Library
 from resources.settings import Index, Settings
 from tests.local import DECODE, DECODED, GROUPS, Local
@@ -41,7 +42,7 @@ REGISTER = """
 import json, sys
 from resources.compute import process
 from resources.library import Library
-from resources.ingest.registry import discover
+from resources.ingest.discovery import discover
 library = Library.open(sys.argv[1])
 print(json.dumps(library.registry.add(list(discover(sys.argv[2:])))))
 library.close()

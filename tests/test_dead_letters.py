@@ -13,7 +13,8 @@ from media_assets.engine.contract import MediaItem
 from media_assets.engine.versions import item_version
 from media_assets.library.dead_letters import Chosen, dead_letters, grouped, rejected, replay
 from resources.errors import Failure
-from resources.ingest.registry import Removal, UnknownMedia
+from resources.ingest.registry import UnknownMedia
+from resources.ingest.uploads import Removal
 from resources.library import Library
 from resources.records.outcomes import Claim, Cost, Outcome, Status
 from resources.records.tables import rejected_messages, uploads

@@ -11,7 +11,8 @@ from jobs.express import EXPRESS, build_express_job
 from media_assets.orchestration.groups import LOADED_TAG
 from media_assets.orchestration.partitions import add_partitions
 from media_assets.schemas import PER_MEDIA
-from resources.ingest.registry import Upload, discover
+from resources.ingest.discovery import discover
+from resources.ingest.uploads import Upload
 from resources.library import Library
 from resources.models.registry import ModelRegistry
 

@@ -12,7 +12,8 @@ import dagster as dg
 import pytest
 
 from media_assets.orchestration.partitions import MEDIA
-from resources.ingest.registry import LEADS_OUT, Registry
+from resources.ingest.discovery import LEADS_OUT
+from resources.ingest.registry import Registry
 from resources.library import Library
 from resources.settings import Ingestion, Settings
 from sensors import folder_watch
@@ -280,7 +281,8 @@ def test_files_registered_by_hand_are_not_removed_though_they_are_not_watched(wa
     hidden = root / ".clip.mp4"
     hidden.write_text("a")
     (root / "b.txt").write_text("b")
-    from resources.ingest.registry import Upload, discover
+    from resources.ingest.discovery import discover
+    from resources.ingest.uploads import Upload
 
     watcher.registry.register([found for found in discover([hidden]) if isinstance(found, Upload)])
     watcher.look()

@@ -29,7 +29,8 @@ from resources.decoding.pool import DecoderPool, Message
 from resources.decoding.sources import localize
 from resources.errors import MediaError
 from resources.files.local import version_of
-from resources.ingest.registry import confinement, uri_of
+from resources.ingest.discovery import confinement
+from resources.ingest.uploads import uri_of
 from resources.settings import Decoding, Ingestion, Limits
 
 LIMITS = Limits()

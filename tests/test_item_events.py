@@ -18,7 +18,8 @@ from media_assets.orchestration import mirror
 from media_assets.orchestration.partitions import add_partitions, partition_of
 from media_assets.stages.frames import Frames
 from resources.errors import StorageFailed, Truncated, UpstreamFailed, remedy_of
-from resources.ingest.registry import Upload, discover
+from resources.ingest.discovery import discover
+from resources.ingest.uploads import Upload
 from resources.library import Library
 from resources.settings import Index
 from tests.local import DECODED, Local

@@ -21,7 +21,7 @@ from jobs.planner import CAREFUL, LONG, MIXED, Planner, Tick
 from media_assets.engine.versions import item_version
 from media_assets.orchestration.groups import media_items
 from resources.errors import Failure, ModelTimeout
-from resources.ingest.registry import Upload
+from resources.ingest.uploads import Upload
 from resources.library import Library
 from resources.records.outcomes import Claim, Cost, Status
 from resources.settings import Compute, Engine, GroupNeeds, Settings

@@ -35,7 +35,9 @@ from media_assets.orchestration.grouping import groups
 from media_assets.orchestration.groups import build_group
 from media_assets.orchestration.partitions import MEDIA, add_partitions, explicit_batch_tags
 from resources.files.views import query
-from resources.ingest.registry import Removal, UnknownMedia, Upload, discover
+from resources.ingest.discovery import discover
+from resources.ingest.registry import UnknownMedia
+from resources.ingest.uploads import Removal, Upload
 from resources.library import Library
 from resources.records.outcomes import EVALUATION
 from resources.records.tables import purges

@@ -14,17 +14,9 @@ import sqlalchemy as sa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resources.ingest.registry import (
-    CHANGES,
-    Problem,
-    Registry,
-    Removal,
-    Upload,
-    discover,
-    local_path,
-    media_id,
-    uri_of,
-)
+from resources.ingest.discovery import Problem, discover
+from resources.ingest.registry import CHANGES, Registry
+from resources.ingest.uploads import Removal, Upload, local_path, media_id, uri_of
 from resources.library import Library
 from resources.records.database import Database, StorageMismatch
 from resources.settings import Settings

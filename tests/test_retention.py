@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from media_assets.orchestration.partitions import add_partitions
-from resources.ingest.registry import Upload, discover
+from resources.ingest.discovery import discover
+from resources.ingest.uploads import Upload
 from resources.library import Library
 from resources.settings import Retention
 from sensors import retention as module

@@ -30,8 +30,10 @@ from resources.errors import Failure, SourceChanged, StorageFailed, TooLarge, Un
 from resources.files.derived import DerivedStore
 from resources.files.local import version_of
 from resources.files.object_store import location
+from resources.ingest.discovery import Problem, discover
 from resources.ingest.inventory import Cursor, Inventory, Report
-from resources.ingest.registry import Problem, Registry, Removal, Upload, discover
+from resources.ingest.registry import Registry
+from resources.ingest.uploads import Removal, Upload
 from resources.library import Library
 from resources.models.registry import ModelRegistry
 from resources.records.database import Database

@@ -22,9 +22,11 @@ from media_assets.orchestration.partitions import MEDIA
 from resources import faults
 from resources.errors import DatabaseUnavailable
 from resources.ingest import queues
+from resources.ingest.discovery import discover
 from resources.ingest.object_versions import VersionedRegistry, VersionRemoval
 from resources.ingest.queues import Queue, QueueUnavailable
-from resources.ingest.registry import Registry, Upload, discover
+from resources.ingest.registry import Registry
+from resources.ingest.uploads import Upload
 from resources.library import Library
 from resources.records.database import Database
 from resources.records.tables import rejected_messages

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resources.ingest.object_versions import VersionRemoval
-from resources.ingest.registry import Removal, Upload
+from resources.ingest.uploads import Removal, Upload
 from sensors.s3_messages import Events, NotUnderstood, parse, sortable
 
 MOMENT = datetime(2026, 3, 1, 12, 0, 0, 250_000, tzinfo=UTC)

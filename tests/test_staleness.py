@@ -12,7 +12,8 @@ from dagster._core.loader import LoadingContextForTest
 
 from media_assets.definitions import build
 from media_assets.orchestration.partitions import add_partitions
-from resources.ingest.registry import Upload, discover
+from resources.ingest.discovery import discover
+from resources.ingest.uploads import Upload
 from resources.library import Library
 from tests.local import DECODED, Local
 from tests.shelf import rebuild

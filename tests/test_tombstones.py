@@ -24,7 +24,7 @@ from media_assets.orchestration.groups import media_items
 from resources.errors import Failure
 from resources.files.catalog_files import data_path
 from resources.files.views import outcomes_table, query
-from resources.ingest.registry import Removal, Upload
+from resources.ingest.uploads import Removal, Upload
 from resources.library import Library
 from resources.records.outcomes import Claim, Cost, LostClaim, Status, Withdrawn
 from resources.records.tables import outcomes, uploads

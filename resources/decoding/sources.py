@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 
 from resources.errors import SourceChanged, TooLarge
 from resources.files.object_store import Blocks, RemoteObject, is_s3, open_object
-from resources.ingest.registry import local_path
+from resources.ingest.uploads import local_path
 from resources.settings import S3
 
 
@@ -93,7 +93,7 @@ def localize(
     keep: bool = True,
     within: str | None = None,
 ) -> LocalFile | RemoteFile:
-    """The file behind a path, a file:// URI (percent-encoded, see `resources.ingest.registry.uri_of`) or a URL.
+    """The file behind a path, a file:// URI (percent-encoded, see `resources.ingest.uploads.uri_of`) or a URL.
 
     Args:
         uri: path, file:// URI, s3:// URL or any other URL that fsspec knows.

@@ -19,7 +19,9 @@ from pydantic import BaseModel, ConfigDict
 
 from resources.errors import MediaError
 from resources.files.object_store import SCHEME, Page, is_gone, list_page, split
-from resources.ingest.registry import Registry, Removal, upload_of
+from resources.ingest.discovery import upload_of
+from resources.ingest.registry import Registry
+from resources.ingest.uploads import Removal
 from resources.settings import S3, Ingestion
 
 SOURCE = "s3_inventory"

@@ -8,7 +8,8 @@ from datetime import datetime
 
 import sqlalchemy as sa
 
-from resources.ingest.registry import Registered, Registry, Removal, Upload
+from resources.ingest.registry import Registered, Registry
+from resources.ingest.uploads import Removal, Upload
 from resources.records.database import Database
 
 

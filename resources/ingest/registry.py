@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import re
-import stat
-import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, NamedTuple
-from urllib.parse import quote_from_bytes, unquote_to_bytes
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
 
 from resources.errors import MediaError
-from resources.files.local import version_of
-from resources.files.object_store import SCHEME, Listed, find_object, is_s3, list_all, split
+from resources.ingest.uploads import Removal, Upload
 from resources.records.database import LOCK_NAMESPACE, Database
 from resources.records.tables import removals, uploads
-from resources.settings import S3, Ingestion
 
 CHANGES = "media_uploads"
 """Channel of the database on which commits that registered or removed something are told."""
 _CHUNK = 5000
-_FILE_SCHEME = "file://"
 
 
 class UnknownMedia(MediaError):
@@ -38,213 +28,12 @@ class UnknownMedia(MediaError):
 
 
 @dataclass(frozen=True, slots=True)
-class Upload:
-    """One version of a media file as discovered. `uri` is the absolute path or the URL, always valid UTF-8.
-
-    `observed_at` is when this version was known to be the current one: the time of an S3 event, the moment
-    before a listing; None means now. `sequencer` orders events of one key within the same instant.
-    """
-
-    uri: str
-    etag: str
-    bytes: int | None
-    modified_at: datetime | None
-    source: str = "folder"
-    object_version: str | None = None
-    observed_at: datetime | None = None
-    sequencer: str = ""
-
-    @property
-    def media_id(self) -> str:
-        """`<slug of the file name>-<12 hex of BLAKE2b(uri, etag)>`, characters [a-z0-9-]."""
-        return media_id(self.uri, self.etag)
-
-
-@dataclass(frozen=True, slots=True)
-class Removal:
-    """A URI whose object is gone since `observed_at` (None: now); older versions of it stay gone."""
-
-    uri: str
-    observed_at: datetime | None = None
-    sequencer: str = ""
-
-
-@dataclass(frozen=True, slots=True)
 class Registered:
     """What one call of `Registry.register` changed."""
 
     media_ids: tuple[str, ...]
     new: tuple[str, ...]
     removed: tuple[str, ...]
-
-
-class LocalFile(NamedTuple):
-    """A regular file on this machine: its absolute path and what `stat` says of it, links followed."""
-
-    path: str
-    info: os.stat_result
-
-    @property
-    def uri(self) -> str:
-        """As `uri_of` of its path."""
-        return _absolute_uri(self.path)
-
-    @property
-    def etag(self) -> str:
-        """Its size and its time of modification."""
-        return version_of(self.info)
-
-    def upload(self, observed_at: datetime | None = None) -> Upload:
-        """The file as an upload."""
-        modified = datetime.fromtimestamp(self.info.st_mtime, UTC)
-        return Upload(self.uri, self.etag, self.info.st_size, modified, observed_at=observed_at)
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """A path that could not be looked at while discovering, and why."""
-
-    path: str
-    reason: str
-
-
-def media_id(uri: str, etag: str) -> str:
-    """ID of one version of one upload; a changed object has another ID."""
-    name = unicodedata.normalize("NFKD", uri.rstrip("/").rsplit("/", 1)[-1])
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40].strip("-") or "media"
-    return f"{slug}-{version_digest(uri, etag)}"
-
-
-def version_digest(uri: str, etag: str) -> str:
-    """The 12 hexadecimal digits at the end of a media ID, which alone tell one version of one upload."""
-    return hashlib.blake2b(f"{uri}\n{etag}".encode(), digest_size=6).hexdigest()
-
-
-def uri_of(path: Path | str) -> str:
-    """The absolute path as text; a name that is not UTF-8 becomes a percent-encoded file:// URI."""
-    return _absolute_uri(os.path.abspath(path))
-
-
-def _absolute_uri(path: str) -> str:
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return encoded_uri(path)
-    return path
-
-
-def encoded_uri(path: str) -> str:
-    """An absolute path as a percent-encoded file:// URI, whatever bytes are in it."""
-    return _FILE_SCHEME + quote_from_bytes(os.fsencode(path))
-
-
-def local_path(uri: str) -> str | None:
-    """The path on this machine that `uri` names, or None for a remote URL."""
-    if uri.startswith(_FILE_SCHEME):
-        return os.fsdecode(unquote_to_bytes(uri.removeprefix(_FILE_SCHEME)))
-    return None if "://" in uri else uri
-
-
-LEADS_OUT = "a link that leads out of the folder is not followed; set ingestion.follow_links if that is meant"
-
-
-def discover(
-    paths: Sequence[str | Path], s3: S3 | None = None, follow_links: bool = False
-) -> Iterator[Upload | Problem]:
-    """Files below `paths`, sorted; hidden files are left out, symlink loops end, nothing raises.
-
-    `s3://bucket/name` is the object of that name, or else the folder: every key below `name/`. `follow_links` is that
-    of `walk`.
-    """
-    seen: set[tuple[int, int]] = set()
-    for path in paths:
-        text = os.fspath(path)
-        if "://" in text and not text.startswith(_FILE_SCHEME):
-            yield from _discover_s3(text, s3 or S3()) if is_s3(text) else _discover_remote(text)
-        else:
-            for found in walk([os.path.abspath(local_path(text) or text)], seen, follow_links):
-                yield found.upload() if isinstance(found, LocalFile) else found
-
-
-def walk(
-    paths: Sequence[str], seen: set[tuple[int, int]] | None = None, follow_links: bool = False
-) -> Iterator[LocalFile | Problem]:
-    """Regular files at and below absolute local `paths`, in the order of their names; nothing raises.
-
-    Hidden entries below them are left out. A folder reached twice, through a link, is listed once: `seen`
-    holds device and inode of those listed so far. A path of `paths` may be a link itself; of links below it, one that
-    leads out of it is a Problem, unless `follow_links`.
-    """
-    listed = set() if seen is None else seen
-    waiting = [(path, path) for path in reversed(paths)]
-    while waiting:
-        path, root = waiting.pop()
-        try:
-            info = os.lstat(path)
-            if stat.S_ISLNK(info.st_mode):
-                info = os.stat(path)
-                if not follow_links and path != root and not leads_into(path, root):
-                    yield Problem(path, LEADS_OUT)
-                    continue
-            if stat.S_ISREG(info.st_mode):
-                yield LocalFile(path, info)
-            elif not stat.S_ISDIR(info.st_mode):
-                yield Problem(path, "neither a file nor a folder")
-            elif (info.st_dev, info.st_ino) not in listed:
-                listed.add((info.st_dev, info.st_ino))
-                names = [name for name in os.listdir(path) if not name.startswith(".")]
-                waiting.extend((os.path.join(path, name), root) for name in sorted(names, reverse=True))
-        except OSError as error:
-            yield Problem(path, error.strerror or str(error))
-
-
-def leads_into(path: str, folder: str) -> bool:
-    """Whether `path`, links followed, is `folder` or below it."""
-    real, root = os.path.realpath(path), os.path.realpath(folder)
-    return real == root or real.startswith(root.rstrip("/") + "/")
-
-
-def confinement(uri: str, ingestion: Ingestion) -> str | None:
-    """The watched folder that the local file `uri` must not lead out of, or None where it may lead anywhere."""
-    path = local_path(uri)
-    if path is None or ingestion.follow_links:
-        return None
-    folders = (os.path.abspath(local_path(folder) or folder) for folder in ingestion.folders)
-    above = [folder for folder in folders if path.startswith(folder.rstrip("/") + "/")]
-    return min(above, key=len, default=None)
-
-
-def _discover_s3(url: str, s3: S3) -> Iterator[Upload | Problem]:
-    bucket, key = split(url)
-    try:
-        single = find_object(s3, url) if key and not key.endswith("/") else None
-        folder = f"{key.rstrip('/')}/" if key.rstrip("/") else ""
-        for found, observed_at in [single] if single else list_all(s3, bucket, folder):
-            yield upload_of(bucket, found, observed_at)
-    except MediaError as error:
-        yield Problem(url, str(error))
-
-
-def upload_of(bucket: str, found: Listed, observed_at: datetime, source: str = "s3") -> Upload:
-    """A listed object as an upload, under the same ID that its event gives it."""
-    uri = f"{SCHEME}{bucket}/{found.key}"
-    return Upload(uri, found.etag, found.bytes, found.modified_at, source, observed_at=observed_at)
-
-
-def _discover_remote(url: str) -> Iterator[Upload | Problem]:
-    import fsspec
-
-    try:
-        system, root = fsspec.core.url_to_fs(url)
-        entries = [system.info(root)] if system.isfile(root) else system.find(root, detail=True).values()
-        scheme = url.split("://", 1)[0]
-        for entry in sorted(entries, key=lambda entry: entry["name"]):
-            modified = entry.get("LastModified") or entry.get("mtime")
-            moment = modified if isinstance(modified, datetime) else None
-            etag = str(entry.get("ETag") or entry.get("etag") or f"{entry['size']:x}-{modified}").strip('"')
-            yield Upload(f"{scheme}://{entry['name'].lstrip('/')}", etag, entry["size"], moment, scheme)
-    except Exception as error:  # noqa: BLE001 - storage back ends raise what they like; the path is reported
-        yield Problem(url, f"{type(error).__name__}: {error}")
 
 
 class Registry:

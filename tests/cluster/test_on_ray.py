@@ -22,7 +22,8 @@ from jobs.planner import CAREFUL, Batch, Planner
 from media_assets.orchestration.partitions import add_partitions, range_tags
 from resources import faults
 from resources.compute.ray_cluster import ClusterUnavailable, check_fits, check_reachable
-from resources.ingest.registry import Upload, discover
+from resources.ingest.discovery import discover
+from resources.ingest.uploads import Upload
 from resources.library import Library
 from resources.settings import Ray, Settings
 from sensors.planner import follow, request

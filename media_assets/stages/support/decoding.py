@@ -5,7 +5,7 @@ from __future__ import annotations
 from media_assets.engine.contract import Inputs
 from resources.decoding.client import Decoded, decoder
 from resources.decoding.sources import Source, localize
-from resources.ingest.registry import confinement
+from resources.ingest.discovery import confinement
 from resources.settings import Settings
 
 PARTS = frozenset({"frames", "audio"})
