@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from cli.run import Summary
-    from resources.records.outcomes import Outcome
+    from resources.records.outcome import Outcome
 
 STATUSES = ("ok", "not_applicable", "retryable", "quarantined", "running")
 _MOST_FAILURES = 30

@@ -16,7 +16,7 @@ from cli.progress import Expected, Reporter
 from resources.ingest.discovery import Problem, discover
 from resources.ingest.uploads import Upload
 from resources.library import Library
-from resources.records.outcomes import Status
+from resources.records.outcome import Status
 
 if TYPE_CHECKING:
     from dagster import DagsterInstance

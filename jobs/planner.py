@@ -24,7 +24,7 @@ from media_assets.engine.versions import code_version
 from media_assets.orchestration.grouping import groups as groups_of
 from resources.library import Library
 from resources.records.backlog import Backlog, Waiting
-from resources.records.outcomes import Outcome
+from resources.records.outcome import Outcome
 
 LONG = "long"
 CAREFUL = "careful"

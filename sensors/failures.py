@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from resources.errors import UpstreamFailed, printable
 from resources.records.database import Database
-from resources.records.outcomes import Status
+from resources.records.outcome import Status
 from resources.records.tables import batches, outcome_history, rejected_messages
 
 SETTLED_S = 10.0

@@ -13,7 +13,7 @@ from cli.run import Work
 from media_assets import schemas
 from resources.ingest.uploads import Upload
 from resources.library import Library
-from resources.records.outcomes import Claim, Cost, Status
+from resources.records.outcome import Claim, Cost, Status
 
 MODEL = "clip@111111111111"
 CONCEPTS = ("lighthouse", "harbour", "tram", "orchard")

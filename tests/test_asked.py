@@ -9,7 +9,7 @@ from cli.exit_codes import Exit
 from resources.errors import Failure, of_items
 from resources.ingest.uploads import Removal
 from resources.library import Library
-from resources.records.outcomes import Claim, Cost
+from resources.records.outcome import Claim, Cost
 from tests.commands import Commands
 from tests.shelf import register
 

@@ -17,7 +17,7 @@ from media_assets.engine.contract import MediaItem
 from resources.errors import Failure
 from resources.ingest.uploads import Upload
 from resources.library import Library
-from resources.records.outcomes import Claim, Cost
+from resources.records.outcome import Claim, Cost
 from search.engine import Hit, SearchResponse
 from tests.commands import Commands
 from tests.shelf import finish, put, register

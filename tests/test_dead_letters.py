@@ -16,7 +16,7 @@ from resources.errors import Failure
 from resources.ingest.registry import UnknownMedia
 from resources.ingest.uploads import Removal
 from resources.library import Library
-from resources.records.outcomes import Claim, Cost, Outcome, Status
+from resources.records.outcome import Claim, Cost, Outcome, Status
 from resources.records.tables import rejected_messages, uploads
 from tests.shelf import register
 from tests.toy_stages import CHAIN, Doubled, Numbers, Total, Toy

@@ -40,7 +40,8 @@ from resources.files.derived import DerivedStore
 from resources.library import Library
 from resources.models.registry import ModelRegistry
 from resources.records.database import Database
-from resources.records.outcomes import OutcomeStore, Status
+from resources.records.outcome import Status
+from resources.records.outcomes import OutcomeStore
 from resources.settings import Engine, Settings
 from tests.settled import settled
 from tests.toy_stages import CHAIN, Doubled, Fault, Numbers, Total, Toy

@@ -16,7 +16,8 @@ import sqlalchemy as sa
 from media_assets.engine.planning import suspects
 from media_assets.orchestration.groups import one_at_a_time
 from resources.records.database import Database
-from resources.records.outcomes import OutcomeStore, Status
+from resources.records.outcome import Status
+from resources.records.outcomes import OutcomeStore
 from resources.records.tables import model_loads
 from resources.settings import Engine
 from tests.test_engine import Bench, items

@@ -13,7 +13,7 @@ import pytest
 from media_assets.engine.events import How, Result
 from media_assets.orchestration import mirror as module
 from media_assets.orchestration.mirror import Mirror
-from resources.records.outcomes import Outcome, Status
+from resources.records.outcome import Outcome, Status
 
 
 class Storage:

@@ -13,7 +13,8 @@ from alembic.migration import MigrationContext
 
 from resources.errors import Failure
 from resources.records.database import Database
-from resources.records.outcomes import Claim, Cost, LostClaim, Outcome, OutcomeStore, Status, failed, succeeded
+from resources.records.outcome import Claim, Cost, LostClaim, Outcome, Status, failed, succeeded
+from resources.records.outcomes import OutcomeStore
 from resources.records.tables import metadata, outcome_history
 from resources.settings import Engine
 

@@ -23,7 +23,7 @@ from media_assets.orchestration.groups import media_items
 from resources.errors import Failure, ModelTimeout
 from resources.ingest.uploads import Upload
 from resources.library import Library
-from resources.records.outcomes import Claim, Cost, Status
+from resources.records.outcome import Claim, Cost, Status
 from resources.settings import Compute, Engine, GroupNeeds, Settings
 from resources.settings import Planner as PlannerSettings
 from sensors.intervals import stay_s

@@ -19,7 +19,7 @@ from media_assets.engine.events import (
     Result,
     WorkDone,
 )
-from resources.records.outcomes import Outcome, Status
+from resources.records.outcome import Outcome, Status
 
 EXPECTED = {
     ("film", "media"): ("video", 1.0),

@@ -37,7 +37,7 @@ from resources.ingest.uploads import Removal, Upload
 from resources.library import Library
 from resources.models.registry import ModelRegistry
 from resources.records.database import Database
-from resources.records.outcomes import Status
+from resources.records.outcome import Status
 from resources.settings import S3, Ingestion, Limits, Settings
 from sensors.s3_inventory import build_s3_inventory_sensor, sentence
 from tests import s3_server

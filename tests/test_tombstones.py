@@ -26,7 +26,7 @@ from resources.files.catalog_files import data_path
 from resources.files.views import outcomes_table, query
 from resources.ingest.uploads import Removal, Upload
 from resources.library import Library
-from resources.records.outcomes import Claim, Cost, LostClaim, Status, Withdrawn
+from resources.records.outcome import Claim, Cost, LostClaim, Status, Withdrawn
 from resources.records.tables import outcomes, uploads
 from search.engine import SearchEngine
 from tests.settled import settled

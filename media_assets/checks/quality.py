@@ -14,7 +14,7 @@ from media_assets.checks.checker import checker
 from media_assets.engine.events import Event, OutcomeCommitted
 from resources.errors import printable
 from resources.library import Library
-from resources.records.outcomes import Status
+from resources.records.outcome import Status
 
 ITEMS = "items"
 EXPECTATIONS = "expectations"

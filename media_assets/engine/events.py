@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from resources.records.outcomes import Outcome
+from resources.records.outcome import Outcome
 
 
 class How(StrEnum):

@@ -18,7 +18,7 @@ from media_assets.engine.recorder import Closing, Flight, Recorder, Task
 from media_assets.engine.verdicts import why_blocked
 from media_assets.engine.versions import item_version
 from resources.files.derived import DerivedStore
-from resources.records.outcomes import Claim, LostClaim, Outcome, Status, Withdrawn
+from resources.records.outcome import Claim, LostClaim, Outcome, Status, Withdrawn
 
 
 class Flights:

@@ -11,7 +11,7 @@ from typing import Any
 from media_assets.engine.contract import MediaItem, Stage
 from media_assets.engine.versions import item_version
 from resources.errors import ModelTimeout, UpstreamFailed
-from resources.records.outcomes import Outcome, Status
+from resources.records.outcome import Outcome, Status
 
 Records = Mapping[tuple[str, str], Outcome]
 

@@ -17,7 +17,9 @@ from media_assets.engine.events import How
 from resources.errors import Failure
 from resources.faults import fault
 from resources.files.derived import DerivedStore
-from resources.records.outcomes import Claim, Ending, Liveness, LostClaim, Outcome, OutcomeStore, Withdrawn
+from resources.records.leases import Liveness
+from resources.records.outcome import Claim, Ending, LostClaim, Outcome, Withdrawn
+from resources.records.outcomes import OutcomeStore
 
 COMMIT_S = 0.05  # time between two commits while there is enough to do
 

@@ -34,7 +34,7 @@ from media_assets.engine.recorder import COMMIT_S, Closing, Recorder, Task
 from media_assets.engine.verdicts import cost_of, hang_of, no_answer
 from resources.errors import Failure, Internal, ModelTimeout, NotApplicable
 from resources.files.derived import DerivedStore
-from resources.records.outcomes import Claim, Outcome, Status, failed, succeeded
+from resources.records.outcome import Claim, Outcome, Status, failed, succeeded
 from resources.settings import Engine
 
 LANE_DEPTH = 2  # micro-batches handed to the inference lane: one running, one waiting

@@ -8,7 +8,7 @@ from typing import Any
 from media_assets.engine.contract import Stage
 from media_assets.engine.recorder import Task
 from resources.errors import UpstreamFailed
-from resources.records.outcomes import Cost, Outcome, Status
+from resources.records.outcome import Cost, Outcome, Status
 
 
 def cost_of(

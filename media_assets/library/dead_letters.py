@@ -20,7 +20,7 @@ from media_assets.engine.contract import MediaItem, Stage
 from media_assets.engine.versions import item_version
 from resources.errors import UpstreamFailed, printable
 from resources.library import Library
-from resources.records.outcomes import Outcome
+from resources.records.outcome import Outcome
 
 _CHUNK = 1000  # items whose inputs are looked up at once
 _BODY_CHARS = 200

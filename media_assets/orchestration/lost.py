@@ -11,7 +11,7 @@ from media_assets.orchestration.events import Shown, carried, last, materializat
 from media_assets.orchestration.grouping import groups
 from media_assets.orchestration.provenance import Provenance
 from resources.library import Library
-from resources.records.outcomes import Status
+from resources.records.outcome import Status
 
 _NOTE = "finished by a run that died before it could report"
 _MADE, _SEEN = dg.DagsterEventType.ASSET_MATERIALIZATION, dg.DagsterEventType.ASSET_OBSERVATION
