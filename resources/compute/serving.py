@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from resources.compute.model_server import KEEPER, Answer, Keeper, Leaving, Limits, Recipe, Status
+from resources.compute.keeper import KEEPER, Keeper
+from resources.compute.model_server import Answer, Leaving, Limits, Recipe, Status
 from resources.compute.ray_cluster import check_fits, connect, namespace
 from resources.errors import ModelFailed, ServingUnavailable
 from resources.settings import Settings

@@ -295,7 +295,7 @@ def _ended(claim: Claim, records: Mapping[tuple[str, str], Outcome], states: Map
 
 
 def _row(ending: Ending) -> dict[str, Any]:
-    """The ending as `_END` reads it; of a message, what Postgres' texts cannot hold is escaped."""
+    """The ending as `END` reads it; of a message, what Postgres' texts cannot hold is escaped."""
     claim = ending.claim
     return {
         "media_id": claim.media_id,

@@ -17,7 +17,8 @@ from media_assets.engine.batch import BatchEngine
 from media_assets.engine.contract import MediaItem, Stage, Unit
 from media_assets.engine.remote import Served, recipe, text_encoder
 from resources.compute import serving
-from resources.compute.model_server import Keeper, Status
+from resources.compute.keeper import Keeper
+from resources.compute.model_server import Status
 from resources.compute.ray_cluster import ClusterUnavailable, namespace
 from resources.compute.serving import ServedModel, ServerDied
 from resources.errors import ModelTimeout, ServingUnavailable, Undecodable
