@@ -24,7 +24,9 @@ from PIL import Image
 
 from resources import errors
 from resources.decoding import protocol
-from resources.decoding.client import Decoded, Decoder, Probed, _Collector
+from resources.decoding.answers import Decoded, Probed
+from resources.decoding.client import Decoder
+from resources.decoding.collector import Collector
 from resources.decoding.pool import DecoderPool, Message
 from resources.decoding.sources import localize
 from resources.errors import MediaError
@@ -458,4 +460,4 @@ STILL = {
 )
 def test_a_lying_worker_is_treated_as_crashed(message: Message) -> None:
     with pytest.raises(errors.DecoderCrashed):
-        _Collector(LIMITS).take(message)
+        Collector(LIMITS).take(message)

@@ -11,7 +11,7 @@ from media_assets import schemas
 from media_assets.engine.contract import Inputs, Prepared, Product, Stage
 from media_assets.stages.support.decoding import DECODED, decoded
 from media_assets.stages.support.tracks import SAMPLE_RATE
-from resources.decoding.client import AudioPart
+from resources.decoding.answers import AudioPart
 from resources.errors import MediaError, NotApplicable
 
 

@@ -13,7 +13,7 @@ from media_assets import schemas
 from media_assets.engine.contract import Inputs, Prepared, Product, Stage
 from media_assets.stages.support.decoding import DECODED, decoded
 from media_assets.stages.support.previews.contact_sheet import contact_sheet
-from resources.decoding.client import FramesPart
+from resources.decoding.answers import FramesPart
 from resources.errors import MediaError, NotApplicable
 
 

@@ -11,7 +11,8 @@ from media_assets import schemas
 from media_assets.engine.contract import Inputs, Prepared, Product, Stage
 from media_assets.engine.versions import code_version
 from media_assets.stages.support.decoding import DECODED, source
-from resources.decoding.client import Probed, decoder
+from resources.decoding.answers import Probed
+from resources.decoding.client import decoder
 
 
 class Media(Stage[None, None]):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from media_assets.engine.contract import Inputs
-from resources.decoding.client import Decoded, decoder
+from resources.decoding.answers import Decoded
+from resources.decoding.client import decoder
 from resources.decoding.sources import Source, localize
 from resources.ingest.discovery import confinement
 from resources.settings import Settings
