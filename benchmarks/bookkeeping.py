@@ -28,11 +28,11 @@ import dagster as dg
 from dagster._core.instance.ref import InstanceRef  # an instance with other settings has no public way
 
 from cli.instance import open_instance, prepare_environment
-from media_assets.checks.quality import EXPECTATIONS, ITEMS
 from media_assets.engine.contract import Inputs, Prepared, Product, Stage
 from media_assets.orchestration.grouping import Group
 from media_assets.orchestration.groups import build_group
 from media_assets.orchestration.partitions import MEDIA, add_partitions, explicit_batch_tags, range_tags
+from media_assets.orchestration.quality import EXPECTATIONS, ITEMS
 from resources.compute.needs import Needs
 from resources.ingest.uploads import Upload
 from resources.library import Library

@@ -14,13 +14,13 @@ from pydantic import Field
 
 from jobs.batch_sizes import express_s
 from media_assets.checks.checker import checker
-from media_assets.checks.quality import EXPECTATIONS, ITEMS, Checks
 from media_assets.library.buckets import BucketBusy
 from media_assets.orchestration.global_assets import SPANNING, rebuild, rebuild_seconds
 from media_assets.orchestration.grouping import groups
 from media_assets.orchestration.groups import materialize, media_items
 from media_assets.orchestration.partitions import Batch
 from media_assets.orchestration.processor import processor
+from media_assets.orchestration.quality import EXPECTATIONS, ITEMS, Checks
 from resources.compute.needs import Needs, op_tags, run_tags
 from resources.library import Library
 from resources.settings import Settings

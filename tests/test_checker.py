@@ -19,10 +19,10 @@ from media_assets import schemas
 from media_assets.checks import checker as module
 from media_assets.checks.check_report import CheckReport
 from media_assets.checks.checker import Checker, CheckerDied, checker
-from media_assets.checks.quality import EXPECTATIONS
 from media_assets.orchestration.grouping import groups
 from media_assets.orchestration.groups import build_group
 from media_assets.orchestration.partitions import add_partitions, explicit_batch_tags
+from media_assets.orchestration.quality import EXPECTATIONS
 from resources.ingest.discovery import discover
 from resources.ingest.uploads import Upload
 from resources.library import Library

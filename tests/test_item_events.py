@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from media_assets.checks.quality import ITEMS
 from media_assets.engine.contract import Prepared
 from media_assets.orchestration import mirror
 from media_assets.orchestration.partitions import add_partitions, partition_of
+from media_assets.orchestration.quality import ITEMS
 from media_assets.stages.frames import Frames
 from resources.errors import StorageFailed, Truncated, UpstreamFailed, remedy_of
 from resources.ingest.discovery import discover

@@ -9,8 +9,8 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from media_assets.checks import quality
-from media_assets.checks.quality import EXPECTATIONS, ITEMS, Checks
+from media_assets.orchestration import quality
+from media_assets.orchestration.quality import EXPECTATIONS, ITEMS, Checks
 
 CHOSEN = [(asset, check) for asset in ("media", "frames") for check in (ITEMS, EXPECTATIONS)]
 LIBRARY: Any = None

@@ -8,9 +8,9 @@ from typing import Any
 import dagster as dg
 
 from media_assets import schemas
-from media_assets.checks.quality import as_output
 from media_assets.orchestration.grouping import LIBRARY
 from media_assets.orchestration.provenance import LibraryProvenance
+from media_assets.orchestration.quality import as_output
 from resources.compute.needs import Needs, op_tags, stated
 from resources.library import Library
 from resources.records.outcomes import LIVE

@@ -12,7 +12,6 @@ from typing import Any
 import dagster as dg
 
 from media_assets.checks.checker import checker
-from media_assets.checks.quality import EXPECTATIONS, ITEMS, Checks, as_output
 from media_assets.engine.batch import BatchEngine
 from media_assets.engine.contract import MediaItem, Stage
 from media_assets.engine.events import (
@@ -33,6 +32,7 @@ from media_assets.orchestration.mirror import BucketMirror, Mirror
 from media_assets.orchestration.partitions import Batch, batch_keys, partition_of, partitions_of
 from media_assets.orchestration.processor import Processor, processor
 from media_assets.orchestration.provenance import SOURCE, Provenance
+from media_assets.orchestration.quality import EXPECTATIONS, ITEMS, Checks, as_output
 from resources.compute.needs import op_tags
 from resources.compute.process import note_hung
 from resources.library import Library
