@@ -148,9 +148,11 @@ class Checks:
 
     def listen(self, event: Event) -> None:
         """Take note of each item's asset that is settled; a listener of the engine."""
-        if not isinstance(event, OutcomeCommitted):
-            return
-        asset = event.result.asset
+        if isinstance(event, OutcomeCommitted):
+            self.settled(event.result.asset)
+
+    def settled(self, asset: str) -> None:
+        """Take note that one more item's asset is settled."""
         self._settled[asset] += 1
         if (asset, EXPECTATIONS) in self._chosen and self._settled[asset] == len(self._media_ids or ()):
             self._begun[asset] = self._thread.submit(expectations_check, self._library, asset, self._media_ids)
