@@ -16,8 +16,11 @@ import sqlalchemy as sa
 from dagster._serdes import ConfigurableClassData
 from dagster_postgres import DagsterPostgresStorage
 
+from resources.files.local import private
+from resources.records import embedded_postgres
 from resources.records.database import KEEPALIVE
 from resources.records.database_url import psycopg2_url
+from resources.settings import Settings
 
 _KEPT = 2  # idle connections a process keeps at most
 _RECYCLE_S = 1800  # age at which one is replaced
@@ -44,12 +47,19 @@ class PooledPostgresStorage(DagsterPostgresStorage):
     @classmethod
     def config_type(cls) -> dict[str, Any]:
         """`postgres_url`."""
-        return {"postgres_url": dg.Field(dg.StringSource, description="URL of the database")}
+        told = "URL of the database; default: that of the settings, which is the embedded server's"
+        return {"postgres_url": dg.Field(dg.StringSource, is_required=False, description=told)}
 
     @classmethod
     def from_config_value(cls, inst_data: ConfigurableClassData | None, config_value: Mapping[str, Any]) -> Self:
-        """The storage as dagster.yaml configures it."""
-        return cls(config_value["postgres_url"], inst_data)
+        """The storage as dagster.yaml configures it. Raises BadSettings, DatabaseUnavailable, FolderUnusable."""
+        return cls(config_value.get("postgres_url") or _of_settings(), inst_data)
+
+
+def _of_settings() -> str:
+    """The URL of the home's database, whose embedded server is started: for `dagster dev` and the like in a clone."""
+    settings = Settings.load()
+    return settings.database_url or embedded_postgres.serve(private(settings.home) / "postgres")
 
 
 def _engine(url: str) -> sa.Engine:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
+from urllib.parse import quote
 
 import dagster as dg
 import pytest
 import sqlalchemy as sa
 from dagster._core.instance.ref import InstanceRef
 
+PROJECT = Path(__file__).parents[1]
 THREADS = 6
 
 Opened = Callable[[], dg.DagsterInstance]
@@ -118,3 +123,29 @@ def test_the_webserver_has_connections_of_its_own(opened: Opened, backends: Call
         assert connection.execute(sa.text("show statement_timeout")).scalar() == "5s"
     with opened().event_log_storage.index_connection() as connection:  # type: ignore[attr-defined]
         assert connection.execute(sa.text("show statement_timeout")).scalar() == "0"
+
+
+def in_a_clone(*command: str, home: Path) -> subprocess.CompletedProcess[str]:
+    """What a Dagster user types in a clone first, with nothing set but where the state goes."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("MEDIA_", "DAGSTER_"))}
+    environment = clean | {"MEDIA_HOME": str(home), "DAGSTER_HOME": str(PROJECT)}
+    return subprocess.run(command, env=environment, cwd=PROJECT, capture_output=True, text=True, check=False)
+
+
+def test_an_instance_without_a_url_uses_the_homes_own_server(tmp_path: Path) -> None:
+    """Given the clone's dagster.yaml and no database set, then Dagster's records are in the home's embedded server."""
+    asks = "print(instance.get_runs_count(), instance.event_log_storage.postgres_url)"
+    code = f"import dagster as dg; instance = dg.DagsterInstance.get(); {asks}"
+    done = in_a_clone(sys.executable, "-c", code, home=tmp_path / "home")
+    assert done.returncode == 0, done.stderr
+    count, url = done.stdout.split()
+    assert count == "0"
+    assert quote(str(tmp_path / "home" / "postgres"), safe="") in url
+
+
+def test_definitions_validate_in_a_clone(tmp_path: Path) -> None:
+    """Given a clone, then `dagster definitions validate` finds the code location and nothing wrong with it."""
+    dagster = str(Path(sys.executable).with_name("dagster"))
+    done = in_a_clone(dagster, "definitions", "validate", home=tmp_path / "home")
+    assert done.returncode == 0, done.stderr
+    assert "Validation successful" in done.stdout + done.stderr
