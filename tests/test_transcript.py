@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,37 +28,13 @@ from resources.models.registry import CATALOGUE, ModelRegistry, ModelSpec
 from resources.models.vad import SAMPLE_RATE, Span, merge
 from resources.models.whisper import Recognised, Stretch, Word, _parts
 from resources.settings import Settings
+from tests.speech import say
 
 PCM = npt.NDArray[np.int16]
 VERSION = "v1"
 ENGLISH = "Good morning everyone. Today we talk about the weather in London."
 SECOND = "The quick brown fox jumps over the lazy dog."
 GERMAN = "Guten Morgen. Heute sprechen wir über das Wetter in Berlin."
-
-
-def say(text: str, voice: str) -> PCM:
-    """espeak-ng speaking `text`: int16 [samples], 16 kHz."""
-    import espeakng_loader
-
-    espeak = ctypes.CDLL(espeakng_loader.get_library_path())
-    rate = espeak.espeak_Initialize(2, 0, espeakng_loader.get_data_path().encode(), 0)
-    blocks: list[npt.NDArray[np.int16]] = []
-
-    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
-    def collect(wave: Any, count: int, _events: Any) -> int:
-        if wave and count:
-            blocks.append(np.ctypeslib.as_array(wave, (count,)).copy())
-        return 0
-
-    espeak.espeak_SetSynthCallback(collect)
-    espeak.espeak_SetVoiceByName(voice.encode())
-    espeak.espeak_SetParameter(1, 140, 0)
-    encoded = text.encode()
-    espeak.espeak_Synth(encoded, len(encoded) + 1, 0, 1, 0, 1, None, None)
-    espeak.espeak_Synchronize()
-    samples = np.concatenate(blocks).astype(np.float64)
-    at = np.arange(int(len(samples) * SAMPLE_RATE / rate)) * rate / SAMPLE_RATE
-    return (np.interp(at, np.arange(len(samples)), samples) * 0.6).astype(np.int16)
 
 
 def silence(seconds: float) -> PCM:
