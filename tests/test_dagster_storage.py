@@ -141,11 +141,3 @@ def test_an_instance_without_a_url_uses_the_homes_own_server(tmp_path: Path) -> 
     count, url = done.stdout.split()
     assert count == "0"
     assert quote(str(tmp_path / "home" / "postgres"), safe="") in url
-
-
-def test_definitions_validate_in_a_clone(tmp_path: Path) -> None:
-    """Given a clone, then `dagster definitions validate` finds the code location and nothing wrong with it."""
-    dagster = str(Path(sys.executable).with_name("dagster"))
-    done = in_a_clone(dagster, "definitions", "validate", home=tmp_path / "home")
-    assert done.returncode == 0, done.stderr
-    assert "Validation successful" in done.stdout + done.stderr

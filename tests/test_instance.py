@@ -18,7 +18,7 @@ def test_readers_never_see_half_of_it(library: Library, database_url: str, monke
         monkeypatch.setenv(name, "")  # which the call sets, and the test restores
     file = prepare_environment(library, database_url) / "dagster.yaml"
     written, right = file.stat(), file.read_text()
-    assert "postgres_url" in right
+    assert "PooledPostgresStorage" in right
     prepare_environment(library, database_url)
     assert (file.stat().st_ino, file.stat().st_mtime_ns) == (written.st_ino, written.st_mtime_ns)
     file.write_text("of an older version")

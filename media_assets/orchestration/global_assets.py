@@ -103,12 +103,6 @@ def needs_of_rebuild(settings: Settings) -> Needs:
     return stated(settings.compute, LIBRARY, Needs(cpus=2))
 
 
-def _of_all_items(inputs: Iterable[str], settings: Settings) -> list[dg.AssetDep]:
-    """A bucket may hold any media item; where the items' partitions are the buckets themselves, it holds its own."""
-    mapping = dg.AllPartitionMapping() if settings.partitions == "media" else None
-    return [dg.AssetDep(name, partition_mapping=mapping) for name in inputs]
-
-
 def build_global_assets(settings: Settings) -> list[dg.AssetsDefinition]:
     """The bucket assets and `near_duplicates` of one installation."""
     keys = [f"{bucket:03d}" for bucket in range(settings.index.buckets)]
@@ -120,7 +114,7 @@ def build_global_assets(settings: Settings) -> list[dg.AssetsDefinition]:
         specs=[
             dg.AssetSpec(
                 "catalog",
-                deps=_of_all_items(INPUTS["catalog"], settings),
+                deps=list(INPUTS["catalog"]),
                 skippable=True,
                 group_name=LIBRARY,
                 kinds={"parquet", "duckdb"},
@@ -130,7 +124,7 @@ def build_global_assets(settings: Settings) -> list[dg.AssetsDefinition]:
             ),
             dg.AssetSpec(
                 "index_shard",
-                deps=_of_all_items(INPUTS["index_shard"], settings),
+                deps=list(INPUTS["index_shard"]),
                 skippable=True,
                 group_name=LIBRARY,
                 kinds={"faiss"},
