@@ -69,6 +69,7 @@ class Work:
         finally:
             if self._reporter is not None:
                 self._reporter.close()
+                self.library.listeners.remove(self._reporter)
                 self.summary.facts = {asset: dict(counts) for asset, counts in self._reporter.facts.items()}
         self._rebuild()
         self._account(items)
@@ -130,15 +131,18 @@ class Work:
         from media_assets.engine.planning import to_do
 
         ids = [item.media_id for item in items]
+        every = [stage for members in stages.values() for stage in members]
+        tasks = list(to_do(items, every, self.library.outcomes.load(ids)))
+        if not tasks:  # what work has cost is no question then
+            return {}
         rows = {row["media_id"]: row for row in self.library.registry.live(ids)}
         costs = Costs(self.library.backlog.past_work(SAMPLE))
-        every = [stage for members in stages.values() for stage in members]
         return {
             (media_id, asset): (
                 kind_of(rows[media_id]["uri"]),
                 costs.of_asset(asset, rows[media_id]["uri"], rows[media_id]["bytes"]),
             )
-            for media_id, asset in to_do(items, every, self.library.outcomes.load(ids))
+            for media_id, asset in tasks
         }
 
     def _needing_several(

@@ -12,6 +12,9 @@
 | `recorder` | claims and endings of outcome records, many at a time | the caller's thread |
 | `flights` | the items in flight, and how each of their stages is settled | the caller's thread |
 | `scheduler` | one batch: what may run next, and what follows from each end | the caller's thread |
+| `planning` | what is still to do for an item, judged from its records | any thread |
+| `remote` | stages whose model is on a Ray cluster | as the stage |
+| `tuning` | the micro-batch that is fastest here | the caller's thread |
 | `batch` | `BatchEngine`, by which all this is used | the caller's thread |
 
 Nothing here knows Dagster, a command line, or any particular stage.
